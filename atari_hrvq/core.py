@@ -224,7 +224,7 @@ class FitConfig:
     weight_decay: float = 1e-4    # decoupled; not on vectors and scalars
     betas: tuple = (.9, .95)
     clip: float = 1.              # global gradient norm
-    checkpoint_s: float = 20.     # seconds between checkpoints
+    checkpoint_s: float = float(os.environ.get('ATARI_HRVQ_CHECKPOINT_S', 20))   # seconds between checkpoints
     log_points: int = 200         # rows kept in the history
 
 def learning_rate(k, c):
@@ -248,7 +248,7 @@ def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', call
     Raises `BookError` at a loss that is not finite; the last checkpoint stays."""
     device = next(module.parameters()).device
     opt, history, first = make_adamw(module, config), [], 0
-    mark = fingerprint(asdict(config), seed, [[k, list(v.shape)] for k, v in module.state_dict().items()])
+    mark = fingerprint({k: v for k, v in asdict(config).items() if k != 'checkpoint_s'}, seed, [[k, list(v.shape)] for k, v in module.state_dict().items()])
     saved = load_checkpoint(checkpoint, mark)
     if saved:
         module.load_state_dict(saved['module']); opt.load_state_dict(saved['opt'])
@@ -267,7 +267,7 @@ def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', call
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip)
         opt.step()
         if k % every == 0 or k == config.steps - 1:
-            history.append({'step': k, 'loss': loss.item(), **{n: float(v) for n, v in metrics.items()}})
+            history.append({'step': k, 'loss': loss.item(), **{n: v.item() if isinstance(v, torch.Tensor) else v for n, v in metrics.items()}})
         if checkpoint and time.time() - clock > config.checkpoint_s:
             clock = time.time()
             save_checkpoint(checkpoint, mark, {'module': module.state_dict(), 'opt': opt.state_dict(), 'history': history, 'step': k + 1})
@@ -353,22 +353,25 @@ class Stage:
 
     def save(self, name, what):
         "Save a model (has `save_pretrained`) as a folder, or a tree of arrays as one file, and record its hash."
-        if hasattr(what, 'save_pretrained'): files = list(what.save_pretrained(self.path(name)).glob('[!.]*'))
+        if hasattr(what, 'save_pretrained'): files = [f for f in what.save_pretrained(self.path(name)).rglob('*') if f.is_file()]
         else: save_tree(self.path(f'{name}.safetensors'), what); files = [self.path(f'{name}.safetensors')]
-        index = read_json(self.path('index.json'), {})
+        index = {k: v for k, v in self.index().items() if not k.startswith((f'{name}/', f'{name}.safetensors'))}
         index.update({str(f.relative_to(self.path(''))): {'sha256': file_hash(f), 'chapter': self.chapter} for f in files})
         write_json(self.path('index.json'), index)
+
+    def index(self):
+        "`{file: {sha256, chapter}}` of everything saved in this run so far."
+        return read_json(self.path('index.json'), {})
 
     def load(self, name, cls=None):
         "Load what an earlier chapter saved: a model of class `cls`, or a tree. A missing or altered file is named."
         maker = MAKERS.get(name.split('-')[0], 'that makes it')
-        files = [self.path(name) / f for f in ('config.json', 'model.safetensors')] if cls else [self.path(f'{name}.safetensors')]
-        index = read_json(self.path('index.json'), {})
-        for f in files:
-            entry = index.get(str(f.relative_to(self.path(''))))
-            require(entry and f.exists(), f'{self.folder} has no {f.name} of {name!r}: run chapter {maker} first (atari-hrvq run --run {self.folder} --to {maker})')
-            require(file_hash(f) == entry['sha256'], f'{f} was altered or cut short since chapter {entry["chapter"]} wrote it: delete it and run that chapter again')
-        return cls.from_pretrained(self.path(name), self.device) if cls else load_tree(files[0])
+        entries = {k: v for k, v in self.index().items() if (k.startswith(f'{name}/') if cls else k == f'{name}.safetensors')}
+        require(entries, f'{self.folder} has no {name!r} yet: run chapter {maker} first (atari-hrvq run --run {self.folder} --to {maker})')
+        for file, entry in entries.items():
+            require(self.path(file).exists(), f'{self.path(file)} is missing: run chapter {entry["chapter"]} again (atari-hrvq run --run {self.folder} --from {entry["chapter"]})')
+            require(file_hash(self.path(file)) == entry['sha256'], f'{self.path(file)} was altered or cut short since chapter {entry["chapter"]} wrote it: run that chapter again (atari-hrvq run --run {self.folder} --from {entry["chapter"]})')
+        return cls.from_pretrained(self.path(name), self.device) if cls else load_tree(self.path(f'{name}.safetensors'))
 
     def metric(self, name, value, *, lo=None, hi=None, null=None, claim=None, game=None, frames=None, seeds=1, cell=None, note=None):
         """Record one measurement: `value` with its interval `[lo, hi]`, beside the `null` that shows what it is worth.

@@ -14,9 +14,9 @@ from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 from .core import BookError, GAMES, Stage, choices, derive, file_hash, progress, require, rng_for, write_atomic
 
 # %% auto #0
-__all__ = ['PROTOCOLS', 'ROMS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'ARRAYS', 'Protocol', 'action_mask', 'GameInfo', 'make_env',
-           'make_vec_env', 'state_labels', 'Episodes', 'join_episodes', 'RandomPolicy', 'collect', 'ReplayPolicy',
-           'regenerate', 'store_episodes', 'load_stored', 'load_episodes']
+__all__ = ['PROTOCOLS', 'ROMS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'ARRAYS', 'Protocol', 'action_mask', 'LegalActions', 'GameInfo',
+           'make_env', 'make_vec_env', 'state_labels', 'Episodes', 'join_episodes', 'RandomPolicy', 'collect',
+           'ReplayPolicy', 'regenerate', 'store_episodes', 'load_stored', 'load_episodes']
 
 # %% ../nbs/01_frames.ipynb #protocol
 @dataclass(frozen=True)
@@ -39,12 +39,22 @@ def action_mask(game):
     return mask
 
 # %% ../nbs/01_frames.ipynb #env
-class GameInfo(gym.Wrapper):
+class LegalActions(gym.spaces.Discrete):
+    "Discrete(18) that contains and samples only the actions that a game's mask allows."
+    def __init__(self, game): super().__init__(ACTIONS); self.game, self.legal = game, action_mask(game)
+    def sample(self, mask=None, probability=None): return super().sample(mask=self.legal if mask is None and probability is None else mask, probability=probability)
+    def contains(self, x): return super().contains(x) and bool(self.legal[int(x)])
+    def check(self, action):
+        require(0 <= int(action) < ACTIONS and self.legal[int(action)], f'action {action} is illegal in {self.game}: expected one of {LEGAL[self.game]}')
+        return int(action)
+
+class GameInfo(gym.Wrapper, gym.utils.RecordConstructorArgs):
     "Checks actions against the game's mask and adds `action_mask`, `lives`, `life_lost` and (with `ram`) `ram` uint8 [128] to info."
     def __init__(self, env, game, ram=False, life_loss_ends=False):
-        super().__init__(env)
+        gym.utils.RecordConstructorArgs.__init__(self, game=game, ram=ram, life_loss_ends=life_loss_ends)
+        gym.Wrapper.__init__(self, env)
         self.game, self.with_ram, self.life_loss_ends = game, ram, life_loss_ends
-        self.mask, self.lives, self.over = action_mask(game), 0, True
+        self.action_space, self.mask, self.lives, self.over = LegalActions(game), action_mask(game), 0, True
     def _info(self, info, life_lost):
         info = {'action_mask': self.mask.copy(), 'lives': self.lives, 'life_lost': life_lost}
         if self.with_ram: info['ram'] = self.unwrapped.ale.getRAM().copy()
@@ -62,9 +72,7 @@ class GameInfo(gym.Wrapper):
             return self.reset()
         return obs, self._info(info, False)
     def step(self, action):
-        action = int(action)
-        require(0 <= action < ACTIONS and self.mask[action], f'action {action} is illegal in {self.game}: expected one of {LEGAL[self.game]}')
-        obs, reward, terminated, truncated, info = self.env.step(action)
+        obs, reward, terminated, truncated, info = self.env.step(self.action_space.check(action))
         lives = self.unwrapped.ale.lives()
         life_lost, self.lives, self.over = lives < self.lives, lives, terminated or truncated
         return obs, float(reward), terminated or (self.life_loss_ends and life_lost), truncated, self._info(info, life_lost)

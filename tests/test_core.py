@@ -1,0 +1,117 @@
+"""core: files are whole or not there, runs refuse what does not fit, training resumes bitwise."""
+import json
+import os
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as hs
+from atari_hrvq import core
+from atari_hrvq.core import BookError, FitConfig, Stage, fit, load_tree, pack, save_tree, unpack, write_atomic
+
+leaves = hs.one_of(hs.none(), hs.booleans(), hs.integers(-2**40, 2**40), hs.floats(allow_nan=False, allow_infinity=False), hs.text(max_size=8))
+trees = hs.recursive(leaves, lambda t: hs.one_of(hs.lists(t, max_size=3), hs.dictionaries(hs.one_of(hs.text(max_size=4), hs.integers(0, 9)), t, max_size=3)), max_leaves=12)
+
+
+@given(trees)
+@settings(max_examples=60, deadline=None)
+def test_pack_round_trip(tree):
+    assert unpack(*pack(tree)) == tree
+
+
+def test_disk_full_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / 'a.safetensors'
+    save_tree(path, {'x': torch.ones(3)})
+    before = path.read_bytes()
+
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(BookError, match='No space left'): save_tree(path, {'x': torch.zeros(3)})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ['a.safetensors']
+
+
+def test_no_write_permission_is_one_sentence(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(BookError, match='cannot write'): Stage('01_frames', tmp_path / 'file' / 'run', 'smoke', ['pong'], 0)
+
+
+@pytest.mark.parametrize('damage', [lambda b: b[:-8], lambda b: b[:20], lambda b: b''])
+def test_truncated_file_is_named(tmp_path, damage):
+    path = tmp_path / 'a.safetensors'
+    save_tree(path, {'x': torch.ones(300)})
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(BookError, match='a.safetensors is damaged'): load_tree(path)
+
+
+def test_altered_artefact_is_named(tmp_path):
+    stage = Stage('04_hrvq', tmp_path, 'smoke', ['pong'], 0)
+    stage.save('vq', {'x': torch.ones(4)})
+    path = stage.path('vq.safetensors')
+    data = bytearray(path.read_bytes()); data[-1] ^= 1; path.write_bytes(data)
+    with pytest.raises(BookError, match='vq.safetensors was altered or cut short'): stage.load('vq')
+    path.unlink()
+    with pytest.raises(BookError, match='vq.safetensors is missing'): stage.load('vq')
+
+
+class Net(core.Pretrained):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Config: width: int = 3
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.f = config, torch.nn.Linear(2, config.width)
+
+    def loss(self, x): return (self.f(x) - x.sum(1, keepdim=True)).pow(2).mean() + 0 * torch.rand(()), {}
+
+
+def batch(rng): return (torch.from_numpy(rng.random((4, 2), dtype=np.float32)),)
+
+
+def test_pretrained_round_trip_and_misfits(tmp_path):
+    net = Net(Net.Config())
+    net.save_pretrained(tmp_path / 'net')
+    assert torch.equal(Net.from_pretrained(tmp_path / 'net').f.weight, net.f.weight)
+    other = Net(Net.Config(width=4))
+    before = other.f.weight.clone()
+    with pytest.raises(BookError, match='does not fit Net'): core.load_weights(other, tmp_path / 'net' / 'model.safetensors')
+    assert torch.equal(before, other.f.weight)
+    config = json.loads((tmp_path / 'net' / 'config.json').read_text())
+    (tmp_path / 'net' / 'config.json').write_text(json.dumps({**config, 'depth': 9}))
+    with pytest.raises(BookError, match='another version'): Net.from_pretrained(tmp_path / 'net')
+    with pytest.raises(BookError, match='is not a folder'): Net.from_pretrained(tmp_path / 'nothing')
+
+
+@pytest.mark.parametrize('kill_at', [1, 13, 29])
+def test_resume_is_bitwise(tmp_path, kill_at):
+    c = FitConfig(steps=30, checkpoint_s=0.)
+    torch.manual_seed(0); whole = Net(Net.Config()); expected = fit(whole, batch, c)
+
+    class Killed(Exception): pass
+    def callback(k, _):
+        if k == kill_at: raise Killed
+    torch.manual_seed(0); net = Net(Net.Config())
+    with pytest.raises(Killed): fit(net, batch, c, checkpoint=tmp_path / 'c', callback=callback)
+    torch.manual_seed(7); again = Net(Net.Config())
+    assert fit(again, batch, c, checkpoint=tmp_path / 'c') == expected
+    assert torch.equal(again.f.weight, whole.f.weight) and torch.equal(again.f.bias, whole.f.bias)
+
+
+def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path):
+    def poisoned(rng):
+        x = batch(rng)[0]
+        return (x * float('nan') if poisoned.calls.append(1) or len(poisoned.calls) > 5 else x,)
+    poisoned.calls = []
+    with pytest.raises(BookError, match='at step 5'): fit(Net(Net.Config()), poisoned, FitConfig(steps=9, checkpoint_s=0.), checkpoint=tmp_path / 'c')
+    assert load_tree(tmp_path / 'c')['step'] == 5
+
+
+def test_metrics_are_valid_json(tmp_path):
+    stage = Stage('02_encoder', tmp_path, 'smoke', ['pong'], 0)
+    stage.metric('x', float('nan'), lo=torch.tensor(1.)); stage.done()
+    assert core.read_metrics(tmp_path)[0] == {'chapter': '02_encoder', 'name': 'x', 'value': None, 'lo': 1.0, 'seeds': 1}
+
+
+def test_write_atomic_leaves_no_temporary(tmp_path):
+    write_atomic(tmp_path / 'a', 'x'); write_atomic(tmp_path / 'a', 'y')
+    assert os.listdir(tmp_path) == ['a'] and (tmp_path / 'a').read_text() == 'y'

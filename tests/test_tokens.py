@@ -1,0 +1,113 @@
+"""vq, hrvq, shared: against an independent library, by hand, and against what must not change."""
+import numpy as np
+import pytest
+import torch
+from atari_hrvq.core import BookError
+from atari_hrvq.hrvq import ResidualVQ, Tokenizer, TokenizerConfig
+from atari_hrvq.shared import bootstrap_episodes, count_table, game_information, sharing_report
+from atari_hrvq.vq import VectorQuantizer, assign
+
+
+def trained(dim=16, codes=32, steps=8, **kw):
+    torch.manual_seed(0)
+    q = ResidualVQ(dim, codes=codes, **kw).train()
+    x = torch.randn(2000, dim)
+    for _ in range(steps): q(x)
+    return q.eval(), x
+
+
+def test_indices_equal_the_librarys():
+    library = pytest.importorskip('vector_quantize_pytorch')
+    q, x = trained()
+    other = library.ResidualVQ(dim=16, codebook_size=32, num_quantizers=3, kmeans_init=False).eval()
+    for mine, layer in zip(q.levels, other.layers, strict=True): layer._codebook.embed.data.copy_(mine.codebook[None])
+    assert torch.equal(q.encode(x).long(), other(x)[1])
+
+
+def test_decode_of_encode_is_the_evaluation_output():
+    q, x = trained()
+    out = q(x)
+    assert torch.equal(out.codes, q.encode(x)) and torch.equal(q.encode(x), q.encode(x, chunk=13))
+    assert torch.allclose(q.decode(out.codes), out.quantised, atol=1e-5)
+    errors = [(x - q.decode(out.codes, n)).pow(2).mean() for n in range(4)]
+    assert all(a > b for a, b in zip(errors, errors[1:]))
+
+
+def test_evaluation_changes_nothing():
+    q, x = trained(); before = {k: v.clone() for k, v in q.state_dict().items()}
+    q(x); q.encode(x)
+    assert all(torch.equal(v, before[k]) for k, v in q.state_dict().items())
+
+
+def test_first_codes_have_the_size_of_the_data():
+    q, x = trained(steps=1)
+    ratio = q.levels[0].codebook.norm(dim=1).mean() / x.norm(dim=1).mean()
+    assert .5 < ratio < 2
+
+
+def test_commitment_gradient_reaches_every_level():
+    q, x = trained()
+    for l in range(3):
+        z = x.clone().requires_grad_(); q(z).losses[l].backward()
+        left = x - q.decode(q.encode(x), l + 1)
+        assert z.grad.abs().sum() > 0 and torch.allclose(z.grad, 2 * (.05, .25, .60)[l] * left / x.numel(), atol=1e-7)
+
+
+def test_frozen_encoder_makes_costs_irrelevant():
+    a, _ = trained(commitment=(.05, .25, .60)); b, _ = trained(commitment=(.3, .3, .3))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_state_resumes_bitwise():
+    a, x = trained()
+    b = ResidualVQ(16, codes=32); b.load_state_dict(a.state_dict())
+    for q in (a, b): torch.manual_seed(3); q.train()(x)
+    torch.manual_seed(3)
+    assert all(torch.equal(u, v) for u, v in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize('x, message', [(torch.full((3, 16), float('inf')), 'NaN or infinite'), (torch.zeros(3, 5), r'\[N, 16\]'), (torch.zeros(0, 16), 'N > 0')])
+def test_bad_vectors_leave_the_state(x, message):
+    q, _ = trained(); before = {k: v.clone() for k, v in q.state_dict().items()}
+    for call in (q.encode, q.train()):
+        with pytest.raises(BookError, match=message): call(x)
+    assert all(torch.equal(v, before[k]) for k, v in q.state_dict().items())
+
+
+def test_codes_out_of_range():
+    with pytest.raises(BookError, match='0..31'): VectorQuantizer(4, 32).decode(torch.tensor([32]))
+
+
+def test_ties_go_to_the_smallest_index(): assert assign(torch.zeros(4, 2), torch.ones(5, 2)).tolist() == [0] * 4
+
+
+def test_tokenizer_saves_and_loads(tmp_path):
+    t = Tokenizer(TokenizerConfig(games=('pong', 'breakout'), codes=16)).eval()
+    frames = torch.randint(0, 255, (20, 2, 84, 84), dtype=torch.uint8)
+    t.quantizer.start(t.features(frames)[0].flatten(0, 1))
+    again = Tokenizer.from_pretrained(t.save_pretrained(tmp_path / 't'))
+    assert torch.equal(t.encode(frames), again.encode(frames)) and t.hash() == again.hash()
+    assert torch.equal(t.encode(frames), t.encode(frames[:, -1:])) and t.decode(t.encode(frames), 1).shape == (20, 84, 84)
+    with pytest.raises(BookError, match='does not know'): t.game_index('ms_pacman')
+    with pytest.raises(BookError, match='uint8'): t.encode(frames.float())
+
+
+def test_sharing_of_known_answers():
+    rng = np.random.default_rng(0)
+    for n in (3_000, 30_000):
+        g = np.repeat([0, 1, 2], n)
+        assert abs(sharing_report(g * 80 + rng.integers(80, size=3 * n), g).information - np.log2(3)) < .02
+        assert abs(sharing_report(rng.integers(256, size=3 * n), g).information) < .02
+
+
+def test_information_does_not_depend_on_sample_size():
+    rng = np.random.default_rng(1)
+    draw = lambda n: ((g := np.repeat([0, 1, 2], n)), (g * 30 + rng.integers(100, size=3 * n)))
+    values = [game_information(count_table(c, g, 3)) for g, c in (draw(4_000), draw(40_000))]
+    assert abs(values[0] - values[1]) < .05 * values[1]
+
+
+def test_bootstrap_resamples_episodes():
+    codes, game, episode = np.repeat([0, 1, 2, 3], 50), np.repeat([0, 0, 1, 1], 50), np.repeat([0, 1, 2, 3], 50)
+    lo, hi = bootstrap_episodes(codes, game, episode, lambda c, g: float(len(np.unique(c))), 50)
+    assert lo == 2 and hi == 4

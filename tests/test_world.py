@@ -1,0 +1,163 @@
+"""world and dream: alignment on a game with known answers, causality, cache, seeds, endings."""
+import numpy as np
+import pytest
+import torch
+from atari_hrvq.core import BookError, FitConfig, fit
+from atari_hrvq.dream import Contexts, DreamEnv, DreamVectorEnv
+from atari_hrvq.world import Tokens, WorldConfig, WorldModel, f1, token_batches
+
+SMALL = dict(grid=1, levels=2, codes=8, cell_dim=4, dim=32, heads=2, experts=(1, 2), windows=(3, 6), hidden=32, shared_hidden=8, cell_hidden=16)
+
+
+def toy(n=1200, seed=0):
+    """A game of one cell: code 0..6 counts up by one after action 3 (RIGHT) and stays otherwise; the step that leaves 6 earns 1 and
+    starts at 0 again; action 1 (FIRE) in state 4 ends the episode, which always begins in state 2 (level-1 code 5 marks the first frame)."""
+    rng = np.random.default_rng(seed)
+    state, first, rows, episode = 2, True, [], 0
+    for _ in range(n):
+        a = int(rng.choice([0, 1, 3], p=[.3, .1, .6]))
+        reward = float(state == 6 and a == 3); done = state == 4 and a == 1
+        rows.append((state, 5 if first else 1, a, reward, done, episode))
+        state, first = ((state + 1) % 7 if a == 3 else state), False
+        if done: state, first, episode = 2, True, episode + 1
+    s, m, a, r, d, e = (np.asarray(x) for x in zip(*rows, strict=True))
+    return Tokens(torch.from_numpy(np.stack([s, m], 1)[:, None].astype(np.uint8)), torch.from_numpy(a), torch.from_numpy(r.astype(np.float32)), torch.from_numpy(d), torch.from_numpy(e))
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    model = WorldModel(WorldConfig(games=('breakout',), **SMALL))
+    torch.nn.init.normal_(model.heads.codebook)
+    return model
+
+
+@pytest.fixture(scope='module')
+def learnt():
+    model = make()
+    fit(model, token_batches({'breakout': toy()}, 32, 8), FitConfig(steps=260, lr=4e-3, warmup=20))
+    return model
+
+
+def perfect(model, data):
+    "Accuracy of the next state, of the reward, and F1 of endings, teacher forced, over windows of unseen play."
+    codes, actions, rewards, done, game, following, known = token_batches({'breakout': data}, 512, 8)(np.random.default_rng(9))
+    with torch.no_grad(): out = model(codes, actions, game, following)
+    return (float((out.logits[0].argmax(-1) == following[..., 0])[known].float().mean()), float(((out.reward.argmax(-1) - 1) == rewards).float().mean()),
+            f1(out.proceed < 0, done))
+
+
+def test_alignment_on_a_game_with_known_answers(learnt):
+    assert min(perfect(learnt, toy(seed=1))) > .98
+
+
+@pytest.mark.parametrize('wrong', ['reward', 'action', 'done'])
+def test_a_shift_by_one_is_noticed(learnt, wrong):
+    d = toy(seed=1); roll = lambda x: torch.roll(x, 1)
+    shifted = Tokens(d.codes, roll(d.actions) if wrong == 'action' else d.actions, roll(d.rewards) if wrong == 'reward' else d.rewards, roll(d.done) if wrong == 'done' else d.done, d.episode)
+    assert min(perfect(learnt, shifted)) < .97
+
+
+def test_nothing_is_asked_after_an_ending():
+    d = toy()
+    _, _, _, done, _, following, known = token_batches({'breakout': d}, 200, 8)(np.random.default_rng(0))
+    assert done.any() and not known[done].any() and known[:, :-1][~done[:, :-1]].all()
+    assert (following[known][:, 0, 1] == 1).all()        # the marker of a first frame is never a target
+
+
+def test_windows_stay_inside_episodes():
+    d = toy()
+    codes, *_ = token_batches({'breakout': d}, 300, 6)(np.random.default_rng(0))
+    assert (codes[:, 1:, 0, 1] == 1).all() and (codes[:, 0, 0, 1] == 5).any()
+
+
+@pytest.mark.parametrize('batch', [1, 5])
+@pytest.mark.parametrize('windows', [(1, 1), (2, 20), (20, 3)])
+def test_cached_equals_uncached(windows, batch):
+    torch.manual_seed(0)
+    model = WorldModel(WorldConfig(games=('pong', 'breakout'), **{**SMALL, 'windows': windows})).eval()
+    torch.nn.init.normal_(model.heads.codebook)
+    codes, actions, game = torch.randint(0, 8, (batch, 14, 1, 2)), torch.randint(0, 18, (batch, 14)), torch.arange(batch) % 2
+    with torch.no_grad(): whole, _ = model.trunk(model.vectors(codes), actions, game)
+    cache = model.start(codes[:, :3], actions[:, :2], game, 14)
+    for t in range(2, 14):
+        cache.history = model.recent(model.vectors(codes[:, :t + 1]))[:, -1]
+        model.step(cache, actions[:, t])
+        assert (cache.hidden - whole[:, t]).abs().max() < 1e-5
+
+
+def envs(model, n=4, **kw):
+    return DreamVectorEnv(model, Contexts({'breakout': toy(400)}, ['breakout'], 4), n, **{'horizon': 6, 'temperature': (.5, 0.), **kw})
+
+
+def test_dreams_follow_the_rules_of_the_game(learnt):
+    e = envs(learnt, 32, horizon=6)
+    _, info = e.reset(seed=0)
+    for _ in range(6):
+        before, over = e.cache.codes[:, 0, 0].clone(), e.over.clone()
+        _, reward, terminated, _, info = e.step(np.full(32, 3))
+        live = ~over.numpy()
+        assert ((before + 1) % 7 == e.cache.codes[:, 0, 0])[live].float().mean() > .95
+        assert np.abs(reward - (before == 6).numpy())[live].max() < .2 and not terminated[live].any()
+
+
+def test_ending_by_action(learnt):
+    e = envs(learnt, 64, horizon=3); e.reset(seed=0)
+    four = (e.cache.codes[:, 0, 0] == 4).numpy()
+    _, _, terminated, _, _ = e.step(np.ones(64, int))
+    assert four.any() and terminated[four].mean() > .9 and terminated[~four].mean() < .1
+
+
+def test_same_seed_same_dream_and_single_agrees_with_vector(learnt):
+    contexts = Contexts({'breakout': toy(400)}, ['breakout'], 4)
+    single, vector = DreamEnv(learnt, contexts, 'breakout', horizon=6, temperature=(.5, 0.)), envs(learnt, 1)
+    a, _ = single.reset(seed=3); b, _ = vector.reset(seed=3)
+    assert np.array_equal(a, b[0])
+    for t in range(6):
+        a, ra, ta, ua, _ = single.step(3); b, rb, tb, ub, _ = vector.step([3])
+        assert np.array_equal(a, b[0]) and ra == rb[0] and ta == tb[0] and ua == ub[0]
+
+
+def test_rows_that_ended_wait_for_a_reset(learnt):
+    e = envs(learnt, 3, horizon=2); e.reset(seed=0)
+    for _ in range(2): _, _, terminated, truncated, _ = e.step([3, 3, 3])
+    assert (terminated | truncated).all()
+    _, reward, terminated, truncated, _ = e.step([3, 3, 3])
+    assert not reward.any() and not terminated.any() and not truncated.any()
+    e.reset(options={'reset_mask': np.array([True, False, False])})
+    _, _, _, truncated, _ = e.step([3, 0, 0])
+    assert e.over.tolist() == [False, True, True] or not truncated[1:].any()
+
+
+def test_a_long_dream_makes_room_without_changing(learnt):
+    long = envs(learnt, 2, horizon=150, temperature=(0., 0.)); long.reset(seed=1)
+    states = []
+    for _ in range(140):
+        long.step([3, 3]); states.append(long.cache.codes[:, 0, 0].clone())
+    s = torch.stack(states)
+    assert ((s[:-1] + 1) % 7 == s[1:]).float().mean() > .95 and long.cache.length <= long.room
+
+
+def test_save_and_load(tmp_path, learnt):
+    again = WorldModel.from_pretrained(learnt.save_pretrained(tmp_path / 'w'))
+    assert perfect(again, toy(seed=1)) == perfect(learnt, toy(seed=1)) and again.config == learnt.config
+
+
+def test_resume_is_bitwise(tmp_path):
+    class Killed(Exception): pass
+    def kill(k, _):
+        if k == 5: raise Killed
+    batch, c = token_batches({'breakout': toy(300)}, 8, 6), FitConfig(steps=9, checkpoint_s=0.)
+    whole = make(); fit(whole, batch, c)
+    with pytest.raises(Killed): fit(make(), batch, c, checkpoint=tmp_path / 'c', callback=kill)
+    resumed = make(1); fit(resumed, batch, c, checkpoint=tmp_path / 'c')
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda m: envs(m).step([3] * 4), 'call reset first'),
+    (lambda m: (e := envs(m), e.reset(seed=0), e.step([3, 3, 17, 3])), 'action 17 is illegal in dream 2'),
+    (lambda m: m.start(torch.zeros(1, 9, 1, 2, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, dtype=torch.long), 5), 'longer than the cache'),
+    (lambda m: WorldModel(WorldConfig(experts=(1, 2), windows=(4,))), 'one entry a layer'),
+    (lambda m: envs(m).reset() and envs(m).render(), 'without its tokenizer')])
+def test_bad_input(learnt, call, message):
+    with pytest.raises(BookError, match=message): call(learnt)

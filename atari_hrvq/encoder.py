@@ -201,7 +201,7 @@ def fit_probe(x, y, kind='ridge', seed=0):
     "A fitted probe from [n, D] to one variable [n]: `ridge` (strength by leave-one-out) or `mlp` (128 hidden, early stopping); inputs and target standardised."
     mean, scale = x.mean(0), x.std(0) + 1e-3
     ym, ys = y.mean(), y.std() + 1e-6
-    model = RidgeCV(np.logspace(0, 5, 6)) if kind == 'ridge' else MLPRegressor((128,), max_iter=40, early_stopping=True, random_state=seed, batch_size=256, learning_rate_init=2e-3)
+    model = RidgeCV(np.logspace(0, 5, 6)) if kind == 'ridge' else MLPRegressor(hidden_layer_sizes=(128,), max_iter=40, early_stopping=True, random_state=seed, batch_size=256, learning_rate_init=2e-3)
     model.fit((x - mean) / scale, (y - ym) / ys)
     return lambda q: model.predict((q - mean) / scale) * ys + ym
 

@@ -1,0 +1,42 @@
+# atari_hrvq: every target stands on its own and can be called again.
+#   make reproduce   the whole book at the laptop profile (two CPU cores, about a quarter of an hour)
+#   make test        the tests, the smoke chain among them
+#   make lab         JupyterLab
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RUN    ?= runs/laptop
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lab clean
+
+help:
+	@echo 'make reproduce  run every chapter at the laptop profile into $(RUN) and print the claims'
+	@echo 'make test       run the tests (ARGS="-k name" to choose)'
+	@echo 'make lab        open JupyterLab on the notebooks (ARGS="--no-browser" and the like)'
+	@echo 'make clean      remove .venv and caches; runs/ stays'
+	@echo 'Each sets up .venv with $(PYTHON) (choose with PYTHON=...) and the pins in constraints.txt.'
+
+setup: $(STAMP)
+
+$(STAMP): constraints.txt setup.py settings.ini
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing the pins of constraints.txt into $(VENV) (a minute or two)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+reproduce: $(STAMP)
+	@$(BIN)/atari-hrvq run --run $(RUN) --profile laptop $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q tests $(ARGS)
+
+lab: $(STAMP)
+	@$(BIN)/python -m jupyterlab nbs/01_frames.ipynb --ServerApp.root_dir=. $(ARGS)
+
+clean:
+	rm -rf $(VENV) _proc _docs .pytest_cache .ruff_cache .hypothesis atari_hrvq.egg-info build dist
+	find atari_hrvq nbs tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

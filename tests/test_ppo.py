@@ -1,0 +1,280 @@
+"""ppo: advantages against a naive sum, cuts are not deaths, masks hold, every autoreset mode counts the same steps, same seed same bits."""
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from hypothesis import given, settings, strategies as hs
+from atari_hrvq.core import BookError
+from atari_hrvq.ppo import PPO, ActorCritic, ActorCriticConfig, PPOConfig, ReturnCounter, gae, rollout, sample, train_ppo
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    "The tensors are tiny: threads cost more than they give."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1); yield; torch.set_num_threads(before)
+
+
+class Corridor(gym.Env):
+    "Positions 0 to 4, action 2 steps right, 1 stays, 0 is illegal; the right end pays 1 and terminates, `limit` steps truncate."
+    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32), gym.spaces.Discrete(3)
+
+    def __init__(self, limit=9): self.limit, self.episodes = limit, 0
+    def _see(self): return np.array([self.at, self.episodes], np.float32)
+    def _info(self): return {'action_mask': np.array([0, 1, 1], np.int8)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at, self.age, self.episodes = int(self.np_random.integers(3)), 0, 1 if seed is not None else self.episodes + 1
+        return self._see(), self._info()
+
+    def step(self, action):
+        assert action != 0, 'an illegal action was played'
+        self.at, self.age = self.at + (action == 2), self.age + 1
+        return self._see(), float(self.at >= 4), self.at >= 4, self.age >= self.limit, self._info()
+
+
+def corridors(n=3, mode=AutoresetMode.NEXT_STEP, limit=9): return gym.vector.SyncVectorEnv([lambda: Corridor(limit) for _ in range(n)], autoreset_mode=mode)
+
+
+def small(actions=3, obs=2, seed=0, **kw):
+    torch.manual_seed(seed)
+    return ActorCritic(ActorCriticConfig(obs_shape=(obs,), actions=actions, hidden=16, **kw))
+
+
+def critic_reads(policy, f):
+    "Make the critic's value `f(obs)`, so that what it was asked about can be seen."
+    actor = policy.forward
+    policy.forward = lambda obs, mask=None: (actor(obs, mask)[0], f(obs))
+    return policy
+
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+
+# ---- advantages
+
+@given(hs.integers(1, 12), hs.integers(0, 10_000), hs.floats(0, 1), hs.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_gae_is_the_naive_sum(T, seed, gamma, lam):
+    "A_t = sum_k (gamma lam)^k delta_{t+k}, summed to the end of the episode, one row and one step at a time."
+    rng = np.random.default_rng(seed)
+    r, v, nxt = (rng.normal(size=(T, 2)) for _ in range(3))
+    terminated, truncated = rng.random((T, 2)) < .2, rng.random((T, 2)) < .2
+    want = np.zeros((T, 2))
+    for b in range(2):
+        for t in range(T):
+            weight = 1.
+            for k in range(t, T):
+                want[t, b] += weight * (r[k, b] + gamma * nxt[k, b] * (not terminated[k, b]) - v[k, b])
+                if terminated[k, b] or truncated[k, b]: break
+                weight *= gamma * lam
+    got = gae(*(torch.from_numpy(x) for x in (r, v, nxt, terminated, terminated | truncated)), gamma, lam)
+    assert np.allclose(got, want, atol=1e-9)
+
+
+def test_without_endings_lambda_one_is_the_discounted_return():
+    r, v = torch.rand(6, 1), torch.rand(7, 1)
+    no = torch.zeros(6, 1, dtype=torch.bool)
+    want = sum(.9 ** k * r[k] for k in range(6)) + .9 ** 6 * v[6] - v[0]
+    assert torch.allclose(gae(r, v[:-1], v[1:], no, no, .9, 1.)[0], want)
+
+
+def test_a_cut_bootstraps_and_a_death_does_not():
+    r, v, nxt, yes = torch.zeros(1, 1), torch.zeros(1, 1), torch.full((1, 1), 10.), torch.ones(1, 1, dtype=torch.bool)
+    assert gae(r, v, nxt, yes, yes, .5, .9).item() == 0 and gae(r, v, nxt, ~yes, yes, .5, .9).item() == 5
+
+
+# ---- rollout
+
+def live(envs, policy, steps, seed=1): return rollout(envs, policy, steps, envs.reset(seed=seed), gen(seed))
+
+
+def test_next_step_marks_the_reset_step_and_only_that():
+    r = live(corridors(), small(), 60)
+    assert r.obs.shape == (60, 3, 2) and r.actions.shape == r.valid.shape == r.next_values.shape == (60, 3)
+    assert r.ended.any() and torch.equal(~r.valid[1:], r.ended[:-1]) and r.valid[0].all()
+
+
+def test_next_step_goes_on_over_the_seam():
+    "Two rollouts of 20 are one of 40, also when an episode ended on the last step of the first."
+    whole = live(corridors(), policy := small(), 40)
+    envs, g = corridors(), gen(1)
+    first = rollout(envs, policy, 20, envs.reset(seed=1), g)
+    second = rollout(envs, policy, 20, first.state, g)
+    for k in ('obs', 'actions', 'rewards', 'valid', 'terminated', 'ended', 'values', 'next_values'):
+        assert torch.equal(getattr(whole, k), torch.cat([getattr(first, k), getattr(second, k)])), k
+
+
+@pytest.mark.parametrize('limit', [3, 9])
+def test_the_next_value_belongs_to_the_same_episode(limit):
+    "The critic says which episode (and place) it was asked about: what follows a valid step is that episode's next place."
+    place = lambda obs: obs[:, 1] * 100 + obs[:, 0]
+    r = live(corridors(limit=limit), critic_reads(small(), place), 50)
+    here, after = r.values[r.valid], r.next_values[r.valid]
+    assert (r.ended & ~r.terminated & r.valid).any()              # cuts occur
+    assert torch.equal(after // 100, here // 100)
+    assert torch.equal(after - here, (r.actions[r.valid] == 2).float())
+
+
+class Drift(gym.vector.VectorEnv):
+    "Everything is a torch tensor; observation t, reward 1; row b is cut after b + 2 steps."
+    metadata = {'autoreset_mode': AutoresetMode.DISABLED}
+    num_envs, single_action_space = 3, gym.spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return torch.zeros(3, 2), {'action_mask': torch.tensor([[0, 1, 1]] * 3, dtype=torch.int8)}
+
+    def step(self, actions):
+        assert isinstance(actions, torch.Tensor)
+        self.t += 1
+        cut = torch.tensor([self.t >= b + 2 for b in range(3)])
+        return torch.full((3, 2), float(self.t)), torch.ones(3), torch.zeros(3, dtype=torch.bool), cut, {'action_mask': torch.tensor([[0, 1, 1]] * 3, dtype=torch.int8)}
+
+
+def test_torch_environments_stay_torch_and_cuts_bootstrap():
+    r = live(Drift(), critic_reads(small(), lambda obs: obs[:, 0]), 6)
+    assert r.valid.sum(0).tolist() == [2, 3, 4] and not r.terminated.any()
+    a = gae(r.rewards, r.values, r.next_values, r.terminated, r.ended, 1., 1.)
+    assert a[0].tolist() == [4., 6., 8.]                          # steps lived, and the value (= their number) of where the cut fell
+
+
+def test_same_step_autoreset_is_one_sentence():
+    with pytest.raises(BookError, match='autoreset'): live(corridors(mode=AutoresetMode.SAME_STEP), small(), 4)
+
+
+def test_pictures_stay_uint8():
+    class Pictures(Corridor):
+        observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        def _see(self): return np.full((4, 84, 84), self.at * 50, np.uint8)
+    torch.manual_seed(0)
+    policy = ActorCritic(ActorCriticConfig(kind='cnn', obs_shape=(4, 84, 84), actions=3, hidden=16))
+    envs = gym.vector.SyncVectorEnv([Pictures] * 2)
+    r = live(envs, policy, 5)
+    assert r.obs.dtype == torch.uint8 and r.obs.shape == (5, 2, 4, 84, 84)
+    assert all(np.isfinite(list(PPO(policy).update(r, gen()).values())))
+
+
+@pytest.mark.xfail(strict=True, reason="rollout keeps views of the environment's buffer")
+def test_rows_are_copies_also_of_an_environment_that_reuses_its_buffer():
+    fresh, reused = (live(gym.vector.SyncVectorEnv([Corridor] * 2, copy=c), small(), 12) for c in (True, False))
+    assert torch.equal(fresh.obs, reused.obs)
+
+
+# ---- masks
+
+def test_illegal_actions_are_never_drawn():
+    policy = small(actions=18)
+    torch.nn.init.normal_(policy.actor.weight, std=30.)           # a policy that would love to
+    mask = (torch.rand(4000, 18, generator=gen(2)) < .3).to(torch.int8)
+    mask[:, 5] = 1
+    logits, _ = policy(torch.randn(4000, 2, generator=gen(3)) * 10, mask)
+    assert all((mask.gather(1, sample(logits, gen(k))[:, None]) == 1).all() for k in range(5))
+    assert (logits.softmax(-1)[mask == 0] == 0).all() and torch.isfinite(logits).all()
+
+
+def test_masks_are_obeyed_in_every_rollout():
+    r = live(corridors(8), small(), 200)                          # Corridor asserts as well
+    assert (r.actions != 0).all()
+
+
+def test_first_policy_is_uniform_over_legal_actions():
+    logits, value = small()(torch.randn(5, 2), torch.tensor([[0, 1, 1]] * 5))
+    assert torch.allclose(logits.softmax(-1), torch.tensor([0., .5, .5]).expand(5, 3)) and value.abs().max() == 0
+
+
+# ---- update
+
+def test_invalid_steps_change_nothing():
+    "Whatever stands in an invalid row, the update ends in the same bits."
+    def after(poison):
+        policy = small()
+        r = live(corridors(), policy, 40)
+        if poison: r.rewards[~r.valid], r.actions[~r.valid], r.log_probs[~r.valid] = 1e6, 0, 7.
+        PPO(policy).update(r, gen())
+        return torch.cat([p.detach().flatten() for p in policy.parameters()])
+    assert torch.equal(after(False), after(True))
+
+
+def test_same_seed_same_update():
+    def after(seed):
+        policy = small()
+        PPO(policy).update(live(corridors(), policy, 30, seed), gen(seed))
+        return torch.cat([p.detach().flatten() for p in policy.parameters()])
+    assert torch.equal(after(0), after(0)) and not torch.equal(after(0), after(1))
+
+
+def test_the_clip_stops_the_push():
+    "Beyond the clip, in the direction of the advantage, the policy term has no gradient; against it, it does."
+    ppo, obs, mask = PPO(small()), torch.zeros(1, 2), torch.ones(1, 3)
+    log_p = ppo.policy(obs, mask)[0].log_softmax(-1)[:, 1].detach()
+    def push(old, advantage):
+        loss = ppo.losses(obs, mask, torch.tensor([1]), old, torch.tensor([advantage]), torch.zeros(1))[0]['policy']
+        return torch.autograd.grad(loss, ppo.policy.actor.bias, allow_unused=True)[0].abs().sum().item()
+    assert push(log_p - .5, 1.) == 0 and push(log_p - .5, -1.) > 0 and push(log_p + .5, -1.) == 0 and push(log_p, 1.) > 0
+
+
+def test_update_without_a_valid_step_is_one_sentence():
+    policy = small()
+    r = live(corridors(), policy, 3)
+    r.valid[:] = False
+    with pytest.raises(BookError, match='no valid step'): PPO(policy).update(r, gen())
+
+
+def test_returns_are_counted_once_an_episode():
+    counter, r = ReturnCounter(3), live(corridors(), small(), 80)
+    counter.add(r)
+    assert len(counter.returns) == int((r.ended & r.valid).sum()) and set(counter.returns) <= {0., 1.}
+    assert sum(counter.returns) == r.terminated.sum()             # each end of the corridor pays 1
+
+
+# ---- the loop
+
+def train(path=None, total=3 * 4 * 16 * 3, policy=None, config=None, **kw):
+    policy = policy or small()
+    history = train_ppo(corridors, policy, config or PPOConfig(lr=1e-3), total, horizon=16, chunk=4, checkpoint=path, **kw)
+    return history, torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+class Killed(Exception): pass
+
+
+def test_killed_and_resumed_is_bitwise_whole(tmp_path, monkeypatch):
+    import atari_hrvq.ppo as module
+    history, whole = train()
+    count, real = [0], module.rollout
+
+    def dying(*args):
+        count[0] += 1
+        if count[0] == 7: raise Killed                            # in the middle of the second chunk
+        return real(*args)
+    monkeypatch.setattr(module, 'rollout', dying)
+    with pytest.raises(Killed): train(tmp_path / 'c.safetensors')
+    monkeypatch.setattr(module, 'rollout', real)
+    again, pieces = train(tmp_path / 'c.safetensors')
+    assert torch.equal(whole, pieces) and again == history and count[0] == 7
+
+
+@pytest.mark.xfail(strict=True, reason="the checkpoint's mark leaves out PPOConfig")
+def test_another_configuration_does_not_resume(tmp_path):
+    "A checkpoint of another learning rate is not gone on with."
+    fresh = train(config=PPOConfig(lr=5e-3))[1]
+    train(tmp_path / 'c.safetensors')
+    assert torch.equal(train(tmp_path / 'c.safetensors', config=PPOConfig(lr=5e-3))[1], fresh)
+
+
+def test_it_learns_the_corridor():
+    history, _ = train(total=12 * 4 * 16 * 3, policy=(p := small()), config=PPOConfig(lr=5e-3))
+    logits, _ = p(torch.tensor([[1., 5.], [3., 9.]]), torch.tensor([[0, 1, 1]] * 2))
+    assert (logits.softmax(-1)[:, 2] > .8).all()
+    assert len(history) == 12 and len(history[-1]['returns']) > len(history[0]['returns'])
+
+
+def test_policy_saves_and_loads(tmp_path):
+    policy = small()
+    torch.nn.init.normal_(policy.actor.weight)
+    policy.save_pretrained(tmp_path)
+    x = torch.randn(4, 2)
+    for a, b in zip(policy.eval()(x), ActorCritic.from_pretrained(tmp_path)(x), strict=True): assert torch.equal(a, b)

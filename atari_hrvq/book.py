@@ -4,7 +4,7 @@
 
 # %% ../nbs/91_book.ipynb #imports
 from __future__ import annotations
-import argparse, ast, contextlib, fcntl, hashlib, json, os, platform, sys, threading, time
+import argparse, ast, contextlib, fcntl, hashlib, json, os, platform, signal, sys, threading, time
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +13,11 @@ from .core import (BookError, GAMES, PROFILES, choices, file_hash, parse_games, 
 
 # %% auto #0
 __all__ = ['STAGES', 'BENCHES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure',
-           'stage_keys', 'clock', 'Watch', 'hardware', 'versions', 'changed_files', 'locked', 'StageFailed', 'execute',
-           'run_chain', 'median_seconds', 'bench_row', 'bench_quantizer', 'bench_dream', 'bench_frames',
-           'store_outputs', 'status_table', 'read_claims', 'parser', 'command_run', 'command_status', 'command_claims',
-           'command_bench', 'command_outputs', 'main']
+           'stage_key', 'upstream', 'clock', 'Watch', 'end_processes', 'hardware', 'versions', 'made_files',
+           'check_files', 'locked', 'busy', 'StageFailed', 'logged_kernel', 'execute', 'run_chain',
+           'kernel_environment', 'median_seconds', 'bench_row', 'bench_quantizer', 'bench_dream', 'bench_frames',
+           'store_outputs', 'status_table', 'read_claims', 'Parser', 'parser', 'command_run', 'command_status',
+           'command_claims', 'command_bench', 'command_outputs', 'main']
 
 # %% ../nbs/91_book.ipynb #stages
 class StageSpec(NamedTuple):
@@ -76,17 +77,21 @@ def module_closure(names, package=None):
         todo |= package_imports((package / f'{name}.py').read_text()) - done
     return sorted(done)
 
-def stage_keys(root, parameters):
-    "`{chapter: key}`: SHA-256 over code, imported modules, parameters and the keys of what is needed."
-    keys = {}
-    for s in STAGES:
-        path = root / 'nbs' / f'{s.name}.ipynb'
-        if not path.exists(): continue
-        cells = code_cells(path)
-        modules = module_closure(set().union(*(package_imports(_python(c)) for c in cells)), root / 'atari_hrvq')
-        sources = [(root / 'atari_hrvq' / f'{m}.py').read_text() for m in modules]
-        keys[s.name] = hashlib.sha256(json.dumps([cells, sources, parameters, [keys[n] for n in s.needs]]).encode()).hexdigest()
-    return keys
+def stage_key(root, s, parameters, done):
+    "SHA-256 over code cells, imported modules, parameters, and the keys and files of what stage `s` needs (`done`: the manifest's stages)."
+    cells = code_cells(root / 'nbs' / f'{s.name}.ipynb')
+    modules = module_closure(set().union(*(package_imports(_python(c)) for c in cells)), root / 'atari_hrvq')
+    sources = [(root / 'atari_hrvq' / f'{m}.py').read_text() for m in modules]
+    needed = [[done.get(n, {}).get('key'), done.get(n, {}).get('files')] for n in s.needs]
+    return hashlib.sha256(json.dumps([cells, sources, parameters, needed], sort_keys=True).encode()).hexdigest()
+
+def upstream(stages):
+    "Names of everything that `stages` need, directly or not."
+    by_name, todo, found = {s.name: s for s in STAGES}, [n for s in stages for n in s.needs], set()
+    while todo:
+        n = todo.pop()
+        if n not in found: found.add(n); todo += by_name[n].needs
+    return found
 
 def _python(cell):
     "A cell without IPython's magics."
@@ -96,12 +101,12 @@ def _python(cell):
 def clock(seconds): return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 class Watch:
-    "Context manager: one line of progress for a running stage; afterwards `.seconds` and `.peak_mb`."
-    def __init__(self, label, report, began, out=sys.stderr):
-        self.label, self.report, self.began, self.out, self.peak_mb = label, Path(report), began, out, 0.
-        self.tty, self.last, self.desc = out.isatty(), time.time(), None
+    "Context manager: one line of progress for a running stage; afterwards `.seconds` and `.peak_mb`. After an error the stage's processes are ended."
+    def __init__(self, label, folder, began, out=sys.stderr):
+        self.label, self.report, self.pids, self.began, self.out = label, Path(folder) / '.progress', Path(folder) / '.kernels', began, out
+        self.tty, self.desc, self.peak_mb, self.kids = out.isatty(), None, 0., {}
     def __enter__(self):
-        self.start, self.stop = time.time(), threading.Event()
+        self.start = self.last = time.time(); self.stop = threading.Event()
         self.report.unlink(missing_ok=True)
         self.thread = threading.Thread(target=self._loop, daemon=True); self.thread.start()
         if not self.tty: print(f'{self.label} ...', file=self.out, flush=True)
@@ -109,18 +114,22 @@ class Watch:
     def __exit__(self, kind, *_):
         self.stop.set(); self.thread.join()
         self.seconds = time.time() - self.start
-        self.report.unlink(missing_ok=True)
+        if kind is not None: end_processes([p.pid, born] for p, born in self.kids.items())
+        for p in (self.report, self.pids): p.unlink(missing_ok=True)
         if kind is None: self._print(f'{self.label}  done in {clock(self.seconds)}, {self.peak_mb:.0f} MB', end='\n')
         elif self.tty: print(file=self.out)
     def _loop(self):
         import psutil
         me = psutil.Process()
         while not self.stop.wait(.5):
-            total = 0
-            for p in [me, *me.children(recursive=True)]:
-                with contextlib.suppress(psutil.Error): total += p.memory_info().rss
+            total, known = me.memory_info().rss, len(self.kids)
+            for p in me.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if p.create_time() >= self.start - 1: total += p.memory_info().rss; self.kids[p] = p.create_time()
             self.peak_mb = max(self.peak_mb, total / 1e6)
-            if self.tty or time.time() - self.last > 15: self.last = time.time(); self._print(self.line())
+            with contextlib.suppress(OSError):
+                if len(self.kids) > known: self.pids.write_text(json.dumps([[p.pid, born] for p, born in self.kids.items()]))
+            if self.tty or time.time() - self.last > 10: self.last = time.time(); self._print(self.line())
     def line(self):
         "Label, what is going on, share done, time left, and the elapsed time of the whole chain."
         try: r = json.loads(self.report.read_text())
@@ -133,6 +142,15 @@ class Watch:
     def _print(self, text, end=''):
         if self.tty: print(f'\r\033[K{text}', end=end, file=self.out, flush=True)
         else: print(text, file=self.out, flush=True)
+
+# %% ../nbs/91_book.ipynb #leftovers
+def end_processes(pids):
+    "End the processes given as `[id, time of birth]` if they are still the same ones."
+    import psutil
+    for pid, born in pids:
+        with contextlib.suppress(psutil.Error):
+            p = psutil.Process(pid)
+            if abs(p.create_time() - born) < .1: p.kill(); p.wait(10)
 
 # %% ../nbs/91_book.ipynb #manifest
 def hardware():
@@ -150,11 +168,19 @@ def versions():
         with contextlib.suppress(metadata.PackageNotFoundError): out[name] = metadata.version(name)
     return out
 
-def changed_files(folder, stage):
-    "Artefacts of `stage` that are missing or differ from what was recorded, as paths."
+def made_files(folder, stage):
+    "`{path below the run folder: SHA-256}` of what `stage` left: its artefacts, its metrics, and the ledger of chapter 12."
     index = read_json(folder / 'artifacts' / 'index.json', {})
-    mine = {folder / 'artifacts' / f: e['sha256'] for f, e in index.items() if e['chapter'] == stage}
-    return [p for p, sha in mine.items() if not p.exists() or file_hash(p) != sha]
+    paths = [f'artifacts/{f}' for f, e in index.items() if e['chapter'] == stage] + [f'metrics/{stage}.jsonl']
+    if stage == '12_claims': paths += ['claims.json', 'claims.md']
+    return {p: file_hash(folder / p) for p in paths if (folder / p).exists()}
+
+def check_files(folder, stage, files):
+    "Name the first file of a finished stage that is missing or no longer what it was."
+    for p, sha in files.items():
+        again = f'run that chapter again (atari-hrvq run --run {folder} --from {stage}, with the profile, games and seed of the run)'
+        require((folder / p).exists(), f'{folder / p}, made by chapter {stage}, is missing: {again}')
+        require(file_hash(folder / p) == sha, f'{folder / p} was altered or cut short since chapter {stage} wrote it: {again}')
 
 # %% ../nbs/91_book.ipynb #lock
 @contextlib.contextmanager
@@ -162,85 +188,111 @@ def locked(folder):
     "Hold the run folder for one chain at a time."
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / '.lock', 'w')
+        handle = open(folder / '.lock', 'a')
     except OSError as e: raise BookError(f'cannot write to {folder}: {e.strerror}; choose another run folder') from None
-    try:
+    with handle:
         try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError: raise BookError(f'{folder} is in use by another chain: wait for it, or choose another run folder') from None
         yield
-    finally: handle.close()
+
+def busy(folder):
+    "Whether a chain holds the run folder now."
+    try:
+        with open(Path(folder) / '.lock') as handle: fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError: return True
+    except OSError: return False
+    return False
 
 # %% ../nbs/91_book.ipynb #execute
 class StageFailed(Exception): "A chapter raised something that is not a reader's mistake."
+
+def logged_kernel(path):
+    "A kernel manager class whose kernels write what bypasses the notebook (native libraries, crashes) to the file `path`."
+    from jupyter_client import AsyncKernelManager
+    class LoggedKernel(AsyncKernelManager):
+        async def _async_launch_kernel(self, kernel_cmd, **kw):
+            with open(path, 'ab') as log: await super()._async_launch_kernel(kernel_cmd, **{**kw, 'stdout': log, 'stderr': log})
+    return LoggedKernel
 
 def execute(root, folder, name, parameters):
     "Run one notebook with papermill into `folder/notebooks/`; a reader's mistake inside it comes back as `BookError`."
     import logging, warnings
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     logging.getLogger('papermill').setLevel(logging.ERROR)
     source, target = root / 'nbs' / f'{name}.ipynb', folder / 'notebooks' / f'{name}.ipynb'
     known = papermill.inspect_notebook(str(source))
     for p in parameters: choices(f'parameter of {name}', p, list(known))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f'.{name}.running.ipynb')
+    partial, log, error = target.with_name(f'.{name}.running.ipynb'), folder / 'kernel.log', None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            papermill.execute_notebook(str(source), str(partial), parameters, kernel_name='python3', progress_bar=False, cwd=str(root), autosave_cell_every=0)
-    except PapermillExecutionError as e:
+            papermill.execute_notebook(str(source), str(partial), parameters, kernel_name='python3', progress_bar=False, cwd=str(root), autosave_cell_every=0,
+                                       kernel_manager_class=logged_kernel(log))
         os.replace(partial, target)
-        if e.ename == 'BookError': raise BookError(e.evalue) from None
-        raise StageFailed(f'{name} failed with {e.ename}: {e.evalue.strip().splitlines()[-1] if e.evalue.strip() else ""} (the executed notebook is {target})') from None
-    os.replace(partial, target)
-    wrote = read_json(folder / 'stages' / f'{name}.json', {})
-    asked = {k: v for k, v in parameters.items() if k != 'run'}
+    except PapermillExecutionError as e:
+        os.replace(partial, target); error = e
+    except DeadKernelError: raise StageFailed(f'{name}: its kernel died, which is mostly a lack of memory (the end of {log} may say more); run the same command again to go on') from None
+    finally: partial.unlink(missing_ok=True)
+    if error and error.ename == 'BookError': raise BookError(error.evalue)
+    if error: raise StageFailed(f'{name} failed with {error.ename}: {(error.evalue.strip().splitlines() or [""])[-1]} (the executed notebook is {target})')
+    wrote, asked = read_json(folder / 'stages' / f'{name}.json', {}), {k: v for k, v in parameters.items() if k != 'run'}
     require(wrote == asked, f'{name} ran with {wrote or "nothing"} instead of {asked}: its parameters cell must carry the tag "parameters"')
 
 # %% ../nbs/91_book.ipynb #chain
-def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None, out=sys.stderr):
+def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None, out=None, root=None):
     """Run the chapters `first` to `last` (all by default) into the folder `run`; returns the manifest.
 
     Finished chapters whose key and files are unchanged are skipped, unless `first` names them or an earlier one."""
     choices('profile', profile, PROFILES)
+    require(seed >= 0, f'seed {seed!r} is not a whole number from 0 on')
     parameters = {'profile': profile, 'games': list(parse_games(games)), 'seed': seed}
     names = [s.name for s in STAGES]
     a, b = names.index(find_stage(first)) if first else 0, names.index(find_stage(last)) if last else len(names) - 1
     require(a <= b, f'--from {names[a]} lies after --to {names[b]}: swap them')
-    root, folder = repo_root(), Path(run).absolute()
-    with locked(folder):
+    root, folder = root or repo_root(), Path(run).absolute()
+    with locked(folder), kernel_environment(folder):
         made = read_json(folder / 'run.json', {})
         require(not made or made == parameters, f'{folder} was made by another configuration ({made}), not {parameters}: choose another run folder')
-        return _run(root, folder, parameters, stage_keys(root, parameters), STAGES[:b + 1], a, bool(first), out)
+        end_processes(read_json(folder / '.kernels', []))
+        return _run(root, folder, parameters, STAGES[:b + 1], a, bool(first), out or sys.stderr)
 
-def _run(root, folder, parameters, keys, stages, a, forced, out):
+@contextlib.contextmanager
+def kernel_environment(folder):
+    "What the kernels inherit: nbdev's test flag (a stray `nbdev_export` must not write) and where to report progress."
+    before = dict(os.environ)
+    os.environ.update(IN_TEST='1', ATARI_HRVQ_PROGRESS=str(folder / '.progress'), PYDEVD_DISABLE_FILE_VALIDATION='1')
+    try: yield
+    finally: os.environ.clear(); os.environ.update(before)
+
+def _run(root, folder, parameters, stages, a, forced, out):
     path, began = folder / 'manifest.json', time.time()
     manifest = read_json(path, {})
-    done = manifest.setdefault('stages', {})
+    done, needed = manifest.setdefault('stages', {}), upstream(stages[a:])
     manifest.update(versions=versions(), hardware=hardware(), **parameters, notebooks={s.name: file_hash(root / 'nbs' / f'{s.name}.ipynb') for s in stages})
-    os.environ.update(IN_TEST='1', ATARI_HRVQ_PROGRESS=str(folder / '.progress'), PYDEVD_DISABLE_FILE_VALIDATION='1')
     for i, s in enumerate(stages):
-        label, old = f'[{i + 1:2d}/{len(stages)}] {s.name:<12}', done.get(s.name, {})
-        fresh = old.get('state') == 'done' and old.get('key') == keys[s.name]
+        if i < a and s.name not in needed: continue
+        label, old, key = f'[{i + 1:2d}/{len(stages)}] {s.name:<12}', done.get(s.name, {}), stage_key(root, s, parameters, done)
         if i < a:
-            if s.name in stages[-1].needs or s.name in stages[a].needs: require(old.get('state') == 'done', f'{folder} lacks chapter {s.name}, which is needed: run it first (--from {s.name})')
+            require(old.get('state') == 'done', f'{folder} lacks chapter {s.name}, which later ones need: run it first (--from {s.name})')
+            require(old['key'] == key, f'chapter {s.name}, or what it is made from, has changed since it ran in {folder}: run from there (--from {s.name})')
+        if old.get('state') == 'done' and old['key'] == key and (i < a or not forced):
+            check_files(folder, s.name, old['files'])
+            if i >= a: print(f'{label}  unchanged, skipped', file=out, flush=True)
             continue
-        if fresh and not (forced and i >= a):
-            wrong = changed_files(folder, s.name)
-            require(not wrong, f'{wrong[0] if wrong else ""} is missing, altered or cut short since {s.name} wrote it: run that chapter again (--from {s.name})')
-            print(f'{label}  unchanged, skipped', file=out, flush=True)
-            continue
-        if old.get('key') != keys[s.name] or (forced and old.get('state') == 'done'):
+        if old.get('key') != key or old.get('state') == 'done':
             for c in (folder / 'checkpoints').glob(f'{s.name}-*'): c.unlink()
-        done[s.name] = {'key': keys[s.name], 'state': 'running', 'started': time.strftime('%Y-%m-%dT%H:%M:%S')}
+        done[s.name] = {'key': key, 'state': 'running', 'started': time.strftime('%Y-%m-%dT%H:%M:%S')}
         write_json(path, manifest)
-        watch = Watch(label, folder / '.progress', began, out)
+        watch = Watch(label, folder, began, out)
         try:
             with watch: execute(root, folder, s.name, {'run': str(folder), **parameters})
         except BaseException as e:
-            done[s.name].update(state='stopped' if isinstance(e, KeyboardInterrupt) else 'failed', error=str(e) or type(e).__name__)
+            done[s.name].update(state='stopped' if isinstance(e, KeyboardInterrupt) else 'failed', seconds=round(watch.seconds, 1), peak_mb=round(watch.peak_mb), error=str(e) or type(e).__name__)
             write_json(path, manifest); raise
-        done[s.name].update(state='done', seconds=round(watch.seconds, 1), peak_mb=round(watch.peak_mb))
+        done[s.name].update(state='done', seconds=round(watch.seconds, 1), peak_mb=round(watch.peak_mb), files=made_files(folder, s.name))
         write_json(path, manifest)
     total = sum(x.get('seconds', 0) for x in done.values())
     print(f'all in {clock(time.time() - began)} now ({clock(total)} of work in this run), peak memory {max((x.get("peak_mb", 0) for x in done.values()), default=0)} MB', file=out, flush=True)
@@ -347,7 +399,8 @@ def status_table(run):
     from atari_hrvq.core import Table
     manifest = read_json(Path(run) / 'manifest.json', {})
     require(manifest, f'{run} is not a run of the chain (no manifest.json): start one with atari-hrvq run --run {run}')
-    return Table([{'chapter': s.name, 'state': x.get('state', 'not yet'), 'key': x.get('key', '')[:8], 'time': clock(x['seconds']) if 'seconds' in x else '', 'peak MB': x.get('peak_mb'), 'error': x.get('error')}
+    alive = busy(run)
+    return Table([{'chapter': s.name, 'state': 'killed' if x.get('state') == 'running' and not alive else x.get('state', 'not yet'), 'key': x.get('key', '')[:8], 'time': clock(x['seconds']) if 'seconds' in x else '', 'peak MB': x.get('peak_mb'), 'error': x.get('error')}
                   for s in STAGES for x in [manifest['stages'].get(s.name, {})]])
 
 def read_claims(run):
@@ -355,8 +408,12 @@ def read_claims(run):
     require(table, f'{run} has no claims.json: run chapter 12_claims first (atari-hrvq run --run {run})')
     return table
 
+class Parser(argparse.ArgumentParser):
+    "An `ArgumentParser` whose mistakes are `BookError`s."
+    def error(self, message): raise BookError(f'{message}: see {self.prog} --help')
+
 def parser():
-    p = argparse.ArgumentParser('atari-hrvq', description='Run, inspect and measure the book.')
+    p = Parser('atari-hrvq', description='Run, inspect and measure the book.')
     p.add_argument('--version', action='version', version=metadata.version('atari-hrvq'))
     sub = p.add_subparsers(dest='command', required=True)
     r = sub.add_parser('run', help='run the chapters into a folder', description='Run the chapters into a folder; finished ones are skipped, an interrupted one goes on where it was.')
@@ -398,10 +455,16 @@ def command_outputs(a): store_outputs(a.run)
 
 def main(arguments=None):
     "The entry point of `atari-hrvq`; returns the exit code."
-    a = parser().parse_args(arguments)
-    try: globals()[f'command_{a.command}'](a)
-    except BookError as e: print(f'atari-hrvq: {e}', file=sys.stderr); return 2
-    except StageFailed as e: print(f'atari-hrvq: {e}', file=sys.stderr); return 1
-    except OSError as e: print(f'atari-hrvq: {e.strerror or e}: {e.filename or ""}; check the folder and its permissions', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('atari-hrvq: stopped; run the same command again to go on', file=sys.stderr); return 130
+    def say(text, code): print(f'atari-hrvq: {text}', file=sys.stderr); return code
+    def stop(*_): raise KeyboardInterrupt
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, stop)
+    a = None
+    try:
+        a = parser().parse_args(arguments)
+        globals()[f'command_{a.command}'](a)
+    except BookError as e: return say(e, 2)
+    except StageFailed as e: return say(e, 1)
+    except BrokenPipeError: return 0
+    except OSError as e: return say(f'{e.strerror or e}{f": {e.filename}" if e.filename else ""}; nothing was finished, check the space and the permissions there', 2)
+    except KeyboardInterrupt: return say(f'stopped; run the same command again{" without --from" if getattr(a, "first", None) else ""} to go on', 130)
     return 0

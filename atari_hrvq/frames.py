@@ -60,7 +60,7 @@ class GameInfo(gym.Wrapper, gym.utils.RecordConstructorArgs):
         if self.with_ram: info['ram'] = self.unwrapped.ale.getRAM().copy()
         return info
     def reset(self, **kwargs):
-        if self.life_loss_ends and not self.over and not kwargs.get('seed'): return self._go_on()
+        if self.life_loss_ends and not self.over and kwargs.get('seed') is None: return self._go_on()
         obs, info = self.env.reset(**kwargs)
         self.lives, self.over = self.unwrapped.ale.lives(), False
         return obs, self._info(info, False)

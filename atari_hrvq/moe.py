@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import BookError, FitConfig, Stage, count_parameters, fit, require
+from .core import BookError, FitConfig, Stage, count_parameters, derive, fit, require, rng_for
 
 # %% auto #0
-__all__ = ['swiglu', 'grouped', 'grouped_kernel', 'MoEConfig', 'MixtureOfExperts', 'active_parameters']
+__all__ = ['swiglu', 'Permute', 'grouped', 'grouped_kernel', 'MoEConfig', 'MixtureOfExperts', 'active_parameters']
 
 # %% ../nbs/06_moe.ipynb #expert
 def swiglu(x_ND, inner_D2H, outer_HD):
@@ -20,18 +20,29 @@ def swiglu(x_ND, inner_D2H, outer_HD):
     return (F.silu(gate) * up) @ outer_HD
 
 # %% ../nbs/06_moe.ipynb #dispatch
+class Permute(torch.autograd.Function):
+    "`x[index]` for a permutation with its `inverse`: the gradient of a permutation is the inverse permutation, a gather too."
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.inverse = inverse
+        return x.index_select(0, index)
+    @staticmethod
+    def backward(ctx, g): return g.contiguous().index_select(0, ctx.inverse), None, None
+
 def grouped(x_ND, expert_N, inner, outer, kernel=None):
     "Each row of `x` through its own expert: float [N, D]. `inner` [E, D, 2H], `outer` [E, H, D]; `kernel` is `torch._grouped_mm` or None for the loop."
     order = expert_N.argsort(stable=True)
     counts = torch.bincount(expert_N, minlength=len(inner))
-    x = x_ND[order]
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    x = Permute.apply(x_ND, order, inverse)
     if kernel is not None:
         ends = counts.cumsum(0).to(torch.int32)
         gate, up = kernel(x.bfloat16(), inner.bfloat16(), offs=ends).chunk(2, -1)
         y = kernel((F.silu(gate) * up).contiguous(), outer.bfloat16(), offs=ends).to(x_ND.dtype)
     else:
-        y = torch.cat([swiglu(part, inner[e], outer[e]) for e, part in enumerate(x.split(counts.tolist()))])
-    return torch.empty_like(y).index_copy(0, order, y)
+        work = zip(x.split(counts.tolist()), inner.unbind(0), outer.unbind(0), strict=True)
+        y = torch.cat([swiglu(*args) for args in work])
+    return Permute.apply(y, inverse, order)
 
 def grouped_kernel(x):
     "`torch._grouped_mm` where it works: CUDA, inside bf16 autocast; None elsewhere."
@@ -89,10 +100,10 @@ class MixtureOfExperts(nn.Module):
         affinity, choice, weight = self.route(x_ND)
         rows = x_ND if c.top_k == 1 else x_ND.repeat_interleave(c.top_k, 0)
         y = grouped(rows, choice.flatten(), self.inner, self.outer, grouped_kernel(x_ND))
-        y = (y.view(len(x_ND), c.top_k, -1) * weight[..., None].to(y.dtype)).sum(1)
-        load = torch.bincount(choice.flatten(), minlength=c.experts) / choice.numel()
-        likely = (affinity / affinity.sum(1, keepdim=True)).mean(0)
-        if self.training and c.bias_rate: self.bias += c.bias_rate * torch.sign(1 / c.experts - load)
+        y = (y.view(len(x_ND), c.top_k, c.dim) * weight[..., None].to(y.dtype)).sum(1)
+        load = torch.bincount(choice.flatten(), minlength=c.experts) / max(1, choice.numel())
+        likely = (affinity / affinity.sum(1, keepdim=True)).sum(0) / max(1, len(x_ND))
+        if self.training and c.bias_rate and len(x_ND): self.bias += c.bias_rate * torch.sign(1 / c.experts - load)
         return y, {'balance_loss': c.balance * c.experts * (load * likely).sum(), 'load': load, 'choice': choice}
 
 def active_parameters(module):

@@ -4,7 +4,7 @@
 
 # %% ../nbs/09_ppo.ipynb #imports
 from __future__ import annotations
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 import gymnasium as gym
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ def rollout(envs, policy, steps, state, generator):
     obs, info, *over = state
     device, tensors = next(policy.parameters()).device, isinstance(obs, torch.Tensor)
     over = over[0] if over else torch.zeros(envs.num_envs, dtype=torch.bool, device=device)
-    look = lambda x: torch.as_tensor(x, device=device)
+    look = lambda x: x.to(device) if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x)).to(device)    # a copy: the environment may reuse its buffer
     everything = torch.ones(envs.num_envs, policy.config.actions, dtype=torch.int8, device=device)
     rows = {k: [] for k in ('obs', 'masks', 'actions', 'log_probs', 'values', 'rewards', 'terminated', 'ended', 'valid')}
     for _ in range(steps):
@@ -167,7 +167,7 @@ def train_ppo(make_envs, policy, config, total_steps, *, seed=0, horizon=64, chu
     Every `chunk` rollouts the environments are made and seeded anew from (seed, chunk number), so that a run that resumes at a chunk is bitwise
     the run that never stopped. `clip_rewards`: learn from the sign of rewards; `returns` in the history are always unclipped."""
     ppo, history, first = PPO(policy, config), [], 0
-    mark = fingerprint('train_ppo', desc, seed, total_steps, horizon, chunk, clip_rewards)
+    mark = fingerprint('train_ppo', desc, seed, total_steps, horizon, chunk, clip_rewards, asdict(config), asdict(policy.config))
     saved = load_checkpoint(checkpoint, mark)
     if saved: ppo.load_state(saved['ppo']); first, history = saved['chunk'], saved['history']
     envs = make_envs()

@@ -157,7 +157,6 @@ def test_pictures_stay_uint8():
     assert all(np.isfinite(list(PPO(policy).update(r, gen()).values())))
 
 
-@pytest.mark.xfail(strict=True, reason="rollout keeps views of the environment's buffer")
 def test_rows_are_copies_also_of_an_environment_that_reuses_its_buffer():
     fresh, reused = (live(gym.vector.SyncVectorEnv([Corridor] * 2, copy=c), small(), 12) for c in (True, False))
     assert torch.equal(fresh.obs, reused.obs)
@@ -257,7 +256,6 @@ def test_killed_and_resumed_is_bitwise_whole(tmp_path, monkeypatch):
     assert torch.equal(whole, pieces) and again == history and count[0] == 7
 
 
-@pytest.mark.xfail(strict=True, reason="the checkpoint's mark leaves out PPOConfig")
 def test_another_configuration_does_not_resume(tmp_path):
     "A checkpoint of another learning rate is not gone on with."
     fresh = train(config=PPOConfig(lr=5e-3))[1]

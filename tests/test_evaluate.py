@@ -1,0 +1,43 @@
+"""evaluate: full unclipped games, seeds, intervals that cover."""
+import gymnasium as gym
+import numpy as np
+import pytest
+from atari_hrvq.core import BookError
+from atari_hrvq.evaluate import RandomAgent, bootstrap_interval, check_full_game, evaluate, human_normalised, iqm
+from atari_hrvq.frames import make_env
+
+
+def test_same_seed_same_games_and_other_seed_other_games():
+    a, b, c = (evaluate(RandomAgent(), 'ms_pacman', 2, seed=s, max_steps=120) for s in (1, 1, 2))
+    assert a == b != c
+
+
+def test_a_whole_game_of_breakout_is_five_lives_unclipped():
+    game, = evaluate(RandomAgent(), 'breakout', 1, seed=0)
+    assert game['finished'] and game['return'] == int(game['return']) and game['steps'] > 50
+
+
+@pytest.mark.parametrize('env', [lambda: make_env('breakout', life_loss_ends=True), lambda: gym.wrappers.TransformReward(make_env('pong'), np.sign)])
+def test_other_environments_are_refused(env):
+    with pytest.raises(AssertionError): check_full_game(env())
+
+
+@pytest.mark.parametrize('statistic', [np.mean, iqm])
+def test_intervals_cover_at_the_nominal_rate(statistic):
+    rng = np.random.default_rng(0)
+    hits = [lo <= 1 <= hi for i in range(300) for _, lo, hi in [bootstrap_interval({g: rng.normal(1, s, 30) for g, s in (('a', 1), ('b', 2), ('c', .5))}, statistic, 200, seed=i)]]
+    assert .90 <= np.mean(hits) <= .99
+
+
+def test_bootstrap_keeps_the_weight_of_each_game():
+    _, lo, hi = bootstrap_interval({'a': [0.] * 5, 'b': [1.] * 5})
+    assert lo == hi == .5
+
+
+def test_reference_scores():
+    assert human_normalised('ms_pacman', 6951.6) == 1 and human_normalised('breakout', 1.7) == 0
+
+
+@pytest.mark.parametrize('call, message', [(lambda: human_normalised('tetris', 0), 'unknown game'), (lambda: evaluate(RandomAgent(), 'pong', 0), 'episodes must be positive'), (lambda: bootstrap_interval({}), 'at least one score')])
+def test_bad_input(call, message):
+    with pytest.raises(BookError, match=message): call()

@@ -8,6 +8,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    ?= runs/laptop
 ARGS   ?=
+# waiting OpenMP threads must not spin: another busy program on the same cores would slow torch tenfold
+export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce test lab clean

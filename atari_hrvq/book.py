@@ -13,8 +13,8 @@ from .core import (BookError, GAMES, PROFILES, choices, file_hash, parse_games, 
 
 # %% auto #0
 __all__ = ['STAGES', 'BENCHES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure',
-           'stage_key', 'upstream', 'clock', 'Watch', 'end_processes', 'hardware', 'versions', 'made_files',
-           'check_files', 'locked', 'busy', 'StageFailed', 'logged_kernel', 'execute', 'run_chain',
+           'stage_key', 'stage_keys', 'upstream', 'clock', 'Watch', 'end_processes', 'hardware', 'versions',
+           'made_files', 'check_files', 'locked', 'busy', 'StageFailed', 'logged_kernel', 'execute', 'run_chain',
            'kernel_environment', 'median_seconds', 'bench_row', 'bench_quantizer', 'bench_dream', 'bench_frames',
            'store_outputs', 'status_table', 'read_claims', 'Parser', 'parser', 'command_run', 'command_status',
            'command_claims', 'command_bench', 'command_outputs', 'main']
@@ -84,6 +84,12 @@ def stage_key(root, s, parameters, done):
     sources = [(root / 'atari_hrvq' / f'{m}.py').read_text() for m in modules]
     needed = [[done.get(n, {}).get('key'), done.get(n, {}).get('files')] for n in s.needs]
     return hashlib.sha256(json.dumps([cells, sources, parameters, needed], sort_keys=True).encode()).hexdigest()
+
+def stage_keys(root, parameters):
+    "`{chapter: key}` of a run that has made nothing yet: what a change in the code reaches."
+    done = {}
+    for s in STAGES: done[s.name] = {'key': stage_key(root, s, parameters, done)}
+    return {n: d['key'] for n, d in done.items()}
 
 def upstream(stages):
     "Names of everything that `stages` need, directly or not."
@@ -264,6 +270,7 @@ def kernel_environment(folder):
     "What the kernels inherit: nbdev's test flag (a stray `nbdev_export` must not write) and where to report progress."
     before = dict(os.environ)
     os.environ.update(IN_TEST='1', ATARI_HRVQ_PROGRESS=str(folder / '.progress'), PYDEVD_DISABLE_FILE_VALIDATION='1')
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')               # threads that wait must not spin: another busy program would slow torch tenfold
     try: yield
     finally: os.environ.clear(); os.environ.update(before)
 
@@ -350,18 +357,18 @@ def bench_dream():
     return rows
 
 def bench_frames(steps=1500):
-    "Agent steps a second of `collect` against ale-py's own vector environment on one game."
+    "Agent steps a second of `collect` against ale-py's own vector environment, both on one thread."
     import ale_py, numpy as np
     from atari_hrvq.frames import RandomPolicy, collect
     rows = []
-    t = median_seconds(lambda: collect('pong', RandomPolicy('pong'), steps, 0), 3, 1)
-    envs = ale_py.AtariVectorEnv('pong', num_envs=2, frameskip=4)
+    t = median_seconds(lambda: collect('pong', RandomPolicy('pong'), steps, 0), 5, 1)
+    envs = ale_py.AtariVectorEnv('pong', num_envs=2, num_threads=1, frameskip=4)
     envs.reset(seed=0)
     def peer():
         for _ in range(steps // 2): envs.step(np.zeros(2, np.int64))
-    p = median_seconds(peer, 3, 1)
+    p = median_seconds(peer, 5, 1)
     envs.close()
-    rows.append(bench_row('collect pong', steps / t, 'agent steps/s', None, 'ale-py AtariVectorEnv', p / t))
+    rows.append(bench_row('collect pong', steps / t, 'agent steps/s', None, 'ale-py AtariVectorEnv, one thread', p / t))
     return rows
 
 BENCHES = {'quantizer': bench_quantizer, 'dream': bench_dream, 'frames': bench_frames}
@@ -384,13 +391,14 @@ def store_outputs(run, limit=200_000, out=sys.stderr):
             cell, i = max(((c, i) for c in book['cells'] for i in range(len(c.get('outputs', [])))), key=lambda ci: size(ci[0]['outputs'][ci[1]]))
             del cell['outputs'][i]
             print(f'{path.name}: an output of cell {cell["id"]} is too large for git and was left out', file=out)
-        write_atomic(target, json.dumps(book, indent=1, ensure_ascii=False) + '\n')
+        write_atomic(target, json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + '\n')       # as nbdev_clean writes it
 
 def _plain(o):
-    "An output without execution counts and with pictures and text only."
+    "An output without execution counts, metadata and live widgets."
     o = {k: v for k, v in o.items() if k != 'execution_count'}
     if o['output_type'] == 'execute_result': o = {**o, 'execution_count': None}
     if 'metadata' in o: o['metadata'] = {}
+    if 'text/html' in o.get('data', {}): o['data'] = {k: v for k, v in o['data'].items() if not k.startswith('application/vnd.jupyter.widget')}    # the page twin needs no kernel
     return o
 
 # %% ../nbs/91_book.ipynb #status
@@ -447,6 +455,7 @@ def command_claims(a):
 def command_bench(a):
     from atari_hrvq.core import Table
     if a.name: choices('benchmark', a.name, list(BENCHES))
+    os.environ['IN_TEST'] = '1'                                   # no progress bars inside what is timed
     rows = [row for name in ([a.name] if a.name else BENCHES) for row in BENCHES[name]()]
     if a.json: write_json(a.json, rows)
     print(Table(rows, digits=2))
@@ -457,8 +466,8 @@ def main(arguments=None):
     "The entry point of `atari-hrvq`; returns the exit code."
     def say(text, code): print(f'atari-hrvq: {text}', file=sys.stderr); return code
     def stop(*_): raise KeyboardInterrupt
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, stop)
-    a = None
+    main_thread = threading.current_thread() is threading.main_thread()
+    before, a = signal.signal(signal.SIGTERM, stop) if main_thread else None, None
     try:
         a = parser().parse_args(arguments)
         globals()[f'command_{a.command}'](a)
@@ -467,4 +476,6 @@ def main(arguments=None):
     except BrokenPipeError: return 0
     except OSError as e: return say(f'{e.strerror or e}{f": {e.filename}" if e.filename else ""}; nothing was finished, check the space and the permissions there', 2)
     except KeyboardInterrupt: return say(f'stopped; run the same command again{" without --from" if getattr(a, "first", None) else ""} to go on', 130)
+    finally:
+        if main_thread: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     return 0

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .core import BookError, Stage, Table, read_json, read_metrics, require, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['CLAIMS', 'Claim', 'verdict', 'ledger', 'show_claims', 'write_claims']
+__all__ = ['CLAIMS', 'Claim', 'verdict', 'claim_row', 'ledger', 'show_claims', 'write_claims']
 
 # %% ../nbs/12_claims.ipynb #claims
 class Claim(NamedTuple):
@@ -48,31 +48,39 @@ CLAIMS = [Claim(*c) for c in (
     ('L1', 'a small trained encoder beats a large frozen foundation model', '10x gap', 10., 1, 'A1'))]
 
 # %% ../nbs/12_claims.ipynb #verdict
-def verdict(claim, value, interval=None, null=None, profile='gpu'):
+def verdict(claim, value, interval=None, null=None, profile='gpu', decisive=False):
     "The verdict on `claim` by the rule above. `value`, `null`: numbers or None; `interval`: `(lo, hi)` or None."
-    if value is None: return 'open'
-    if claim.figure is None: return 'open'
+    if value is None or claim.figure is None and not decisive: return 'open'
+    if claim.figure is None: return 'reproduced' if value else 'refuted'
     reaches = lambda x: x is not None and claim.better * x >= claim.better * claim.figure - 1e-9 * abs(claim.figure)
-    if not reaches(value): return 'refuted' if profile in ('gpu', 'paper') else 'open'
+    if not reaches(value): return 'refuted' if decisive or profile in ('gpu', 'paper') else 'open'
     if reaches(null): return 'reproduced but worth nothing'
-    lo, hi = interval if interval and None not in interval else (value, value)
-    worst = lo if claim.better > 0 else hi
-    return 'exceeded' if interval and None not in interval and claim.better * worst > claim.better * claim.figure else 'reproduced'
+    worst = interval[0 if claim.better > 0 else 1] if interval else None
+    return 'exceeded' if worst is not None and claim.better * worst > claim.better * claim.figure else 'reproduced'
 
 # %% ../nbs/12_claims.ipynb #ledger
+def claim_row(rows):
+    "One row for one claim: the first without a game, else the mean over the games; `{}` if there is none."
+    if not rows or any(not r.get('game') for r in rows): return next((r for r in rows if not r.get('game')), {})
+    mean = lambda k: sum(r[k] for r in rows) / len(rows) if all(r.get(k) is not None for r in rows) else None
+    return {**rows[0], **{k: mean(k) for k in ('value', 'lo', 'hi', 'null')}, 'frames': sum(r['frames'] for r in rows) if mean('frames') else None}
+
 def ledger(rows, profile):
-    """The claims table from `metrics.jsonl` rows: a list of `{id, claim, original, ours, interval, null, verdict, seeds, frames, chapter, cell, note}`.
-    The last row that carries a claim's id counts; a claim that nobody measured is `open` with nulls."""
-    found = {r['claim']: r for r in rows if r.get('claim')}
+    """The claims table from `metrics.jsonl` rows: a list of `{id, claim, original, ours, interval, null, verdict, seeds, frames, chapter, cell}`.
+    A claim that nobody measured is `open` with nulls, so the table is whole after any number of chapters."""
+    found = {}
+    for r in rows:
+        if r.get('claim'): found.setdefault(r['claim'], []).append(r)
     unknown = set(found) - {c.id for c in CLAIMS}
     require(not unknown, f'the metrics name claims that the ledger does not have: {", ".join(sorted(unknown))}')
     table = []
     for c in CLAIMS:
-        r = found.get(c.id, {})
+        r = claim_row(found.get(c.id, []))
         interval = [r['lo'], r['hi']] if r.get('lo') is not None and r.get('hi') is not None else None
+        decisive = str(r.get('note') or '').startswith('decisive')
         table.append({'id': c.id, 'claim': c.claim, 'original': c.original, 'ours': r.get('value'), 'interval': interval, 'null': r.get('null'),
-                      'verdict': verdict(c, r.get('value'), interval, r.get('null'), profile), 'seeds': r.get('seeds') if r else None, 'frames': r.get('frames'),
-                      'chapter': r.get('chapter', c.chapter), 'cell': r.get('cell'), 'note': r.get('note')})
+                      'verdict': verdict(c, r.get('value'), interval, r.get('null'), profile, decisive), 'seeds': r.get('seeds'), 'frames': r.get('frames'),
+                      'chapter': r.get('chapter', c.chapter), 'cell': r.get('cell')})
     return table
 
 def show_claims(table):

@@ -169,14 +169,14 @@ def open_loop(world, tokens, game, context, horizon, starts, temperature=(.5, 0.
         out.append(world.step(cache, tokens.actions[at[:, -1] + k].to(device), temperature, generator).codes)
     return torch.stack(out, 1).to(torch.uint8).cpu()
 
-def position_probes(tokenizer, tokens, episodes, kind='mlp', seed=0):
-    "`{name: function of codes [n, P, L]}`: probes from quantised cells to each position, fitted where the object is present."
+def position_probes(tokenizer, tokens, episodes, kind='mlp', seed=0, only=None):
+    "`{name: function of codes [n, P, L]}`: probes from quantised cells to each position (or to those in `only`), fitted where the object is present."
     labels, names, present = state_labels(episodes.game, episodes.ram)
     look = lambda codes: tokenizer.embed(codes).flatten(1).cpu().numpy()
     x, probes = look(tokens.codes), {}
     for v, name in enumerate(names):
         m = present[:, v]
-        if m.sum() < 50 or labels[m, v].std() < 1: continue
+        if only and name not in only or m.sum() < 50 or labels[m, v].std() < 1: continue
         probe = fit_probe(x[m], labels[m, v], kind, seed)
         probes[name] = lambda codes, probe=probe: probe(look(codes))
     return probes

@@ -1,0 +1,171 @@
+"""book: what a chapter can do to the chain, stopping it, mistakes on the command line, the ledger's rule; beside `test_chain.py`, which runs the book itself."""
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+import nbformat
+import psutil
+import pytest
+from atari_hrvq import book
+from atari_hrvq.claims import CLAIMS, ledger
+from atari_hrvq.core import write_json
+from conftest import PROGRAM, ROOT
+
+
+def sentence(capsys, arguments, expected, code=2):
+    "`main(arguments)` must end with `code` and say one line on standard error that matches `expected`."
+    assert book.main([str(a) for a in arguments]) == code
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and re.search(expected, err[0]), err
+    assert 'Traceback' not in err[0]
+
+
+def wait_for(condition, seconds=90):
+    end = time.time() + seconds
+    while time.time() < end:
+        found = condition()
+        if found: return found
+        time.sleep(.02)
+    raise AssertionError('waited in vain')
+
+
+# ------------------------------------------------------------------ mistakes that need no run
+
+@pytest.mark.parametrize('arguments, expected', [
+    (['run', '--profile', 'huge'], "unknown profile 'huge': expected one of smoke, laptop, gpu, paper"),
+    (['run', '--profile', 'smoke', '--games', 'pong,tetris'], "unknown game 'tetris': expected one of pong, breakout, ms_pacman"),
+    (['run', '--profile', 'smoke', '--games', ','], 'no game was given'),
+    (['run', '--profile', 'smoke', '--to', '99'], "unknown chapter '99': expected one of 01_frames"),
+    (['run', '--profile', 'smoke', '--from', 'tokens'], "unknown chapter 'tokens'"),
+    (['run', '--profile', 'smoke', '--from', '05', '--to', '04'], 'lies after'),
+    (['run', '--profile', 'smoke', '--seed', 'x'], 'invalid int value'),
+    (['run', '--profile', 'smoke', '--seed', '-1'], 'is not a whole number from 0 on'),
+    (['run', '--colour', 'red'], 'unrecognized arguments: --colour red'),
+    (['bench', 'luck'], "unknown benchmark 'luck': expected one of quantizer, dream, frames"),
+    (['dance'], 'invalid choice'), ([], 'required')])
+def test_mistakes_on_the_command_line(arguments, expected, tmp_path, capsys):
+    if arguments[:1] == ['run'] and '--colour' not in arguments: arguments = [*arguments, '--run', tmp_path / 'r']
+    sentence(capsys, arguments, expected)
+    assert not (tmp_path / 'r').exists()
+
+
+def test_other_configuration_is_refused(tmp_path, capsys):
+    write_json(tmp_path / 'r' / 'run.json', {'profile': 'laptop', 'games': ['pong'], 'seed': 3})
+    sentence(capsys, ['run', '--run', tmp_path / 'r', '--profile', 'smoke'], 'was made by another configuration')
+
+
+def test_damaged_manifest_is_named(tmp_path, capsys):
+    (tmp_path / 'manifest.json').write_text('{"stages":')
+    sentence(capsys, ['run', '--run', tmp_path, '--profile', 'smoke', '--to', '01'], r'manifest\.json is damaged')
+
+
+def test_disk_full_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
+    write_json(tmp_path / 'manifest.json', {'stages': {}})
+    before = (tmp_path / 'manifest.json').read_bytes()
+
+    def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, 'replace', full)
+    sentence(capsys, ['run', '--run', tmp_path, '--profile', 'smoke', '--to', '01'], 'cannot write .*No space left')
+    assert (tmp_path / 'manifest.json').read_bytes() == before and not list(tmp_path.rglob('*.tmp'))
+
+
+# ------------------------------------------------------------------ what a chapter can do to the chain
+
+def small_book(folder, body, tags=('parameters',)):
+    "A checkout whose first chapter is `body`."
+    v4 = nbformat.v4
+    head = v4.new_code_cell("run = 'runs/smoke'\nprofile = 'smoke'\ngames = ['pong']\nseed = 0", metadata={'tags': list(tags)})
+    (folder / 'nbs').mkdir(parents=True, exist_ok=True)
+    (folder / 'atari_hrvq').mkdir(exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=[head, v4.new_code_cell(body)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}), folder / 'nbs' / '01_frames.ipynb')
+    return folder
+
+
+WRITE = "import json, pathlib\np = pathlib.Path(run) / 'stages' / '01_frames.json'; p.parent.mkdir(parents=True, exist_ok=True)\np.write_text(json.dumps(dict(profile=profile, games=games, seed={seed})))\n"
+
+
+@pytest.mark.parametrize('body, tags, code, expected', [
+    ("class BookError(Exception): pass\nraise BookError('the cup is empty: fill it')", ['parameters'], 2, '^atari-hrvq: the cup is empty: fill it$'),
+    ('1 / 0', ['parameters'], 1, r'01_frames failed with ZeroDivisionError: division by zero \(the executed notebook is .*01_frames\.ipynb\)'),
+    ('import os; os._exit(9)', ['parameters'], 1, 'its kernel died'),
+    (WRITE.format(seed='seed'), [], 2, "unknown parameter of 01_frames 'run'"),
+    (WRITE.format(seed=7), ['parameters'], 2, "01_frames ran with .*'seed': 7.* instead of"),
+    ('pass', ['parameters'], 2, '01_frames ran with nothing instead of')], ids=['book-error', 'other-error', 'kernel-dies', 'no-parameters-cell', 'other-parameters', 'nothing-written'])
+def test_what_a_chapter_can_do(body, tags, code, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(book, 'repo_root', lambda: small_book(tmp_path / 'book', body, tags))
+    assert book.main(['run', '--run', str(tmp_path / 'r'), '--profile', 'smoke', '--games', 'pong', '--to', '01']) == code
+    err = capsys.readouterr().err.strip().splitlines()
+    assert re.search(expected, err[-1]) and not any('Traceback' in line for line in err), err
+    assert json.loads((tmp_path / 'r' / 'manifest.json').read_text())['stages']['01_frames']['state'] == 'failed'
+    assert not list((tmp_path / 'r' / 'notebooks').glob('.*'))
+
+
+def test_keys_follow_code_parameters_and_upstream(tmp_path):
+    root, stage = small_book(tmp_path, 'from atari_hrvq.core import x'), book.STAGES[0]
+    (root / 'atari_hrvq' / 'core.py').write_text('from .vq import y')
+    (root / 'atari_hrvq' / 'vq.py').write_text('y = 1')
+    (root / 'atari_hrvq' / 'hrvq.py').write_text('z = 1')
+    key = lambda **p: book.stage_key(root, stage, p, {})
+    first = key(seed=0)
+    (root / 'atari_hrvq' / 'hrvq.py').write_text('z = 2')
+    assert key(seed=0) == first != key(seed=1)                               # a module that it does not import; another parameter
+    (root / 'atari_hrvq' / 'vq.py').write_text('y = 2')
+    assert key(seed=0) != first                                              # one that it imports by way of another
+    later = book.StageSpec('01_frames', '', ('00_core',))
+    keys = [book.stage_key(root, later, {}, {'00_core': {'key': k, 'files': {'a': f}}}) for k, f in (('k', 'f'), ('l', 'f'), ('k', 'g'), ('k', 'f'))]
+    assert len(set(keys)) == 3 and keys[0] == keys[3]
+
+
+def test_stop_and_second_chain(tmp_path, capsys):
+    run = tmp_path / 'r'
+    chain = subprocess.Popen([PROGRAM, 'run', '--run', run, '--profile', 'smoke', '--from', '06', '--to', '06'], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    kernels = wait_for(lambda: (run / '.kernels').exists() and json.loads((run / '.kernels').read_text() or '[]'))
+    sentence(capsys, ['run', '--run', run, '--profile', 'smoke'], 'is in use by another chain')
+    assert book.busy(run)
+    chain.send_signal(signal.SIGINT)
+    out, err = chain.communicate(timeout=30)
+    assert chain.returncode == 130 and err.strip().splitlines()[-1].endswith('stopped; run the same command again without --from to go on') and 'Traceback' not in err
+    assert kernels and not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != 'zombie' for pid, _ in kernels)
+    assert json.loads((run / 'manifest.json').read_text())['stages']['06_moe']['state'] == 'stopped' and not book.busy(run)
+
+
+def test_ledger_is_whole_after_any_number_of_chapters():
+    assert [c.id for c in CLAIMS] == 'E1 E2 E3 E4 E5 Q1 Q2 Q3 Q4 H1 H2 H3 H4 H5 W1 W2 W3 W4 W5 W6 P1 P2 P3 L1'.split()
+    rows = [{'chapter': '02_encoder', 'claim': 'E3', 'value': .1, 'null': .4, 'seeds': 1, 'frames': 9, 'cell': 'record'}]
+    for profile, expected in (('smoke', 'open'), ('laptop', 'open'), ('gpu', 'refuted'), ('paper', 'refuted')):
+        table = ledger(rows, profile)
+        assert len(table) == 24 and table[2]['verdict'] == expected and all(r['verdict'] == 'open' for r in table if r['id'] != 'E3')
+        assert list(table[2]) == ['id', 'claim', 'original', 'ours', 'interval', 'null', 'verdict', 'seeds', 'frames', 'chapter', 'cell']
+    assert ledger([{**rows[0], 'note': 'decisive: counted'}], 'smoke')[2]['verdict'] == 'refuted'
+    assert ledger([], 'smoke')[2]['ours'] is None
+
+
+def test_outputs_are_copied_clean(tmp_path, monkeypatch):
+    "Outputs go where the source is the same, without the injected cell, counts and metadata; a picture that is too large is left out and named."
+    root, v4 = small_book(tmp_path / 'book', 'x = 1'), nbformat.v4
+    path = root / 'nbs' / '01_frames.ipynb'
+    ids = [c['id'] for c in json.loads(path.read_text())['cells']]
+    output = lambda data: v4.new_output('display_data', data, metadata={'isolated': True})
+    done = v4.new_notebook(cells=[v4.new_code_cell("run = 'other'", id=ids[0], outputs=[output({'text/plain': 'a'})]), v4.new_code_cell('run = 3', id='injected'),
+                                  v4.new_code_cell('x = 1', id=ids[1], execution_count=7, outputs=[output({'image/png': 'A' * 300_000}), output({'text/plain': 'kept'}), v4.new_output('stream', name='stderr', text='noise')])])
+    (tmp_path / 'r' / 'notebooks').mkdir(parents=True)
+    nbformat.write(done, tmp_path / 'r' / 'notebooks' / '01_frames.ipynb')
+    monkeypatch.setattr(book, 'repo_root', lambda: root)
+    book.store_outputs(tmp_path / 'r')
+    first, second = json.loads(path.read_text())['cells']
+    assert first['outputs'] == [] and [''.join(o['data']['text/plain']) for o in second['outputs']] == ['kept'] and second['execution_count'] is None and second['outputs'][0]['metadata'] == {}
+
+
+def test_make_and_ci():
+    shown = subprocess.run(['make', '-s', 'help'], cwd=ROOT, capture_output=True, text=True).stdout
+    assert all(f'make {t}' in shown for t in ('reproduce', 'test', 'lab', 'clean')) and os.access(ROOT / '.ci' / 'run', os.X_OK)
+    pins = (ROOT / 'constraints.txt').read_text().split()
+    assert 'torch==2.13.0' in pins and all(re.fullmatch(r'[\w.-]+==[\w.]+', p) for p in pins)
+
+
+def test_every_notebook_is_in_the_published_book():
+    listed = re.findall(r'^\s*- (\S+\.ipynb)$', (ROOT / '_quarto.yml').read_text(), re.M)
+    assert sorted(listed) == sorted(p.name for p in (ROOT / 'nbs').glob('*.ipynb'))

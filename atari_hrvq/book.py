@@ -77,6 +77,7 @@ def module_closure(names, package=None):
         todo |= package_imports((package / f'{name}.py').read_text()) - done
     return sorted(done)
 
+# %% ../nbs/91_book.ipynb #key
 def stage_key(root, s, parameters, done):
     "SHA-256 over code cells, imported modules, parameters, and the keys and files of what stage `s` needs (`done`: the manifest's stages)."
     cells = code_cells(root / 'nbs' / f'{s.name}.ipynb')
@@ -91,6 +92,7 @@ def stage_keys(root, parameters):
     for s in STAGES: done[s.name] = {'key': stage_key(root, s, parameters, done)}
     return {n: d['key'] for n, d in done.items()}
 
+# %% ../nbs/91_book.ipynb #upstream
 def upstream(stages):
     "Names of everything that `stages` need, directly or not."
     by_name, todo, found = {s.name: s for s in STAGES}, [n for s in stages for n in s.needs], set()
@@ -167,6 +169,7 @@ def hardware():
         cpu = next((line.split(':', 1)[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), cpu)
     return {'cpu': cpu, 'cores': os.cpu_count(), 'memory_gb': round(psutil.virtual_memory().total / 1e9, 1), 'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
+# %% ../nbs/91_book.ipynb #versions
 def versions():
     "Versions of what a result depends on."
     out = {'python': platform.python_version()}
@@ -174,6 +177,7 @@ def versions():
         with contextlib.suppress(metadata.PackageNotFoundError): out[name] = metadata.version(name)
     return out
 
+# %% ../nbs/91_book.ipynb #files
 def made_files(folder, stage):
     "`{path below the run folder: SHA-256}` of what `stage` left: its artefacts, its metrics, and the ledger of chapter 12."
     index = read_json(folder / 'artifacts' / 'index.json', {})
@@ -181,6 +185,7 @@ def made_files(folder, stage):
     if stage == '12_claims': paths += ['claims.json', 'claims.md']
     return {p: file_hash(folder / p) for p in paths if (folder / p).exists()}
 
+# %% ../nbs/91_book.ipynb #check-files
 def check_files(folder, stage, files):
     "Name the first file of a finished stage that is missing or no longer what it was."
     for p, sha in files.items():
@@ -201,6 +206,7 @@ def locked(folder):
         except OSError: raise BookError(f'{folder} is in use by another chain: wait for it, or choose another run folder') from None
         yield
 
+# %% ../nbs/91_book.ipynb #busy
 def busy(folder):
     "Whether a chain holds the run folder now."
     try:
@@ -212,6 +218,7 @@ def busy(folder):
 # %% ../nbs/91_book.ipynb #execute
 class StageFailed(Exception): "A chapter raised something that is not a reader's mistake."
 
+# %% ../nbs/91_book.ipynb #kernel
 def logged_kernel(path):
     "A kernel manager class whose kernels write what bypasses the notebook (native libraries, crashes) to the file `path`."
     from jupyter_client import AsyncKernelManager
@@ -220,6 +227,7 @@ def logged_kernel(path):
             with open(path, 'ab') as log: await super()._async_launch_kernel(kernel_cmd, **{**kw, 'stdout': log, 'stderr': log})
     return LoggedKernel
 
+# %% ../nbs/91_book.ipynb #execute-stage
 def execute(root, folder, name, parameters):
     "Run one notebook with papermill into `folder/notebooks/`; a reader's mistake inside it comes back as `BookError`."
     import logging, warnings
@@ -265,6 +273,7 @@ def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None,
         end_processes(read_json(folder / '.kernels', []))
         return _run(root, folder, parameters, STAGES[:b + 1], a, bool(first), out or sys.stderr)
 
+# %% ../nbs/91_book.ipynb #environment
 @contextlib.contextmanager
 def kernel_environment(folder):
     "What the kernels inherit: nbdev's test flag (a stray `nbdev_export` must not write) and where to report progress."
@@ -274,6 +283,7 @@ def kernel_environment(folder):
     try: yield
     finally: os.environ.clear(); os.environ.update(before)
 
+# %% ../nbs/91_book.ipynb #run-stages
 def _run(root, folder, parameters, stages, a, forced, out):
     path, began = folder / 'manifest.json', time.time()
     manifest = read_json(path, {})
@@ -411,11 +421,13 @@ def status_table(run):
     return Table([{'chapter': s.name, 'state': 'killed' if x.get('state') == 'running' and not alive else x.get('state', 'not yet'), 'key': x.get('key', '')[:8], 'time': clock(x['seconds']) if 'seconds' in x else '', 'peak MB': x.get('peak_mb'), 'error': x.get('error')}
                   for s in STAGES for x in [manifest['stages'].get(s.name, {})]])
 
+# %% ../nbs/91_book.ipynb #claims
 def read_claims(run):
     table = read_json(Path(run) / 'claims.json', [])
     require(table, f'{run} has no claims.json: run chapter 12_claims first (atari-hrvq run --run {run})')
     return table
 
+# %% ../nbs/91_book.ipynb #parser
 class Parser(argparse.ArgumentParser):
     "An `ArgumentParser` whose mistakes are `BookError`s."
     def error(self, message): raise BookError(f'{message}: see {self.prog} --help')
@@ -462,6 +474,7 @@ def command_bench(a):
 
 def command_outputs(a): store_outputs(a.run)
 
+# %% ../nbs/91_book.ipynb #main
 def main(arguments=None):
     "The entry point of `atari-hrvq`; returns the exit code."
     def say(text, code): print(f'atari-hrvq: {text}', file=sys.stderr); return code

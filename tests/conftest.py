@@ -1,23 +1,66 @@
-"""One smoke run of the whole chain, shared by the tests that look at it."""
+"""The two long jobs (the smoke chain; every chapter through nbdev_test) start with the session, run beside the short tests on one thread
+each, and are waited for by the tests that read their results, which come last."""
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = Path(sys.executable).parent / 'atari-hrvq'
+BIN = Path(sys.executable).parent
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONDONTWRITEBYTECODE': '1', 'MPLBACKEND': 'agg', 'IN_TEST': '1', 'PATH': f'{BIN}{os.pathsep}{os.environ.get("PATH", "")}'}
+LONG = ('smoke', 'chapters')
 os.environ.pop('ATARI_HRVQ_PROGRESS', None)
 
 
-def cli(*args, **environment):
-    "Run `atari-hrvq` as a reader would; returns the finished process."
-    return subprocess.run([PROGRAM, *map(str, args)], cwd=ROOT, text=True, capture_output=True, env={**os.environ, **environment})
+def copy_book(to):
+    "A copy of the checkout without runs, caches and environment."
+    shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns('.venv', '.git', 'runs', '_proc', '_docs', '__pycache__', '.ipynb_checkpoints', '.pytest_cache', '.hypothesis', 'build'))
+    return to
+
+
+class Job:
+    "A process in the background with its output in a file; `wait()` gives `(exit code, output, seconds)`."
+    def __init__(self, command, log, cwd=ROOT, env=ENV):
+        self.log, self.began = Path(log), time.time()
+        self.process = subprocess.Popen([str(c) for c in command], cwd=cwd, env=env, stdout=open(log, 'w'), stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+    def wait(self, timeout=1200):
+        code = self.process.wait(timeout)
+        return code, self.log.read_text(), time.time() - self.began
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: any(n in item.fixturenames for n in (*LONG, 'copy')))      # stable: short tests keep their order
+
+
+@pytest.fixture(scope='session', autouse=True)
+def jobs(request, tmp_path_factory):
+    used = {n for item in request.session.items for n in item.fixturenames}
+    folder, started = tmp_path_factory.mktemp('jobs'), {}
+    if 'smoke' in used: started['smoke'] = Job([BIN / 'atari-hrvq', 'run', '--run', folder / 'smoke', '--profile', 'smoke'], folder / 'smoke.log')
+    if 'chapters' in used:
+        book = copy_book(folder / 'book')
+        started['chapters'] = Job([BIN / 'nbdev_test', '--n_workers', '1', '--timing'], folder / 'chapters.log', cwd=book)
+    yield folder, started
+    for job in started.values():
+        if job.process.poll() is None: job.process.terminate(); job.process.wait(20)
 
 
 @pytest.fixture(scope='session')
-def smoke():
-    "`runs/smoke`: the folder that the notebooks name in their parameters, made by the chain (what is unchanged is skipped)."
-    done = cli('run', '--run', 'runs/smoke', '--profile', 'smoke')
-    assert done.returncode == 0, done.stderr
-    return ROOT / 'runs' / 'smoke'
+def smoke(jobs):
+    "The run folder of the smoke chain, after it has finished."
+    folder, started = jobs
+    code, output, _ = started['smoke'].wait()
+    assert code == 0, output[-3000:]
+    return folder / 'smoke'
+
+
+@pytest.fixture(scope='session')
+def chapters(jobs):
+    "`(checkout, exit code, output)` of nbdev_test over every notebook."
+    folder, started = jobs
+    code, output, _ = started['chapters'].wait()
+    return folder / 'book', code, output

@@ -1,163 +1,319 @@
-"""The chain: it runs, skips, notices, survives kill -9 bit for bit, and says in one sentence what is wrong."""
+"""book: the chain runs, skips, resumes after a kill to the last bit, stops on request, and answers every mistake with one sentence."""
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 import nbformat
+import psutil
 import pytest
-from atari_hrvq.book import STAGES, module_closure, stage_keys
-from atari_hrvq.claims import CLAIMS
-from atari_hrvq.core import read_metrics
-from conftest import PROGRAM, ROOT, cli
+from conftest import BIN, ENV, ROOT
+from atari_hrvq import book
+from atari_hrvq.claims import CLAIMS, ledger
+from atari_hrvq.core import BookError, load_tree, write_json
 
-STAGE_NAMES = [s.name for s in STAGES]
-FIELDS = {'id', 'claim', 'original', 'ours', 'interval', 'null', 'verdict', 'seeds', 'frames', 'chapter', 'cell'}
-
-
-def test_every_stage_finished(smoke):
-    manifest = json.loads((smoke / 'manifest.json').read_text())
-    assert {n: s['state'] for n, s in manifest['stages'].items()} == dict.fromkeys(STAGE_NAMES, 'done')
-    assert manifest['versions']['torch'] and manifest['hardware']['cores'] and manifest['seed'] == 0
-    assert all(s['seconds'] > 0 and s['peak_mb'] > 0 for s in manifest['stages'].values())
-    assert not list((smoke / 'checkpoints').glob('*')) and not list((smoke / 'artifacts').rglob('*.tmp'))
+COMMAND = str(BIN / 'atari-hrvq')
+NAMES = [s.name for s in book.STAGES]
 
 
-def test_a_second_call_skips_everything(smoke):
-    began, before = time.time(), (smoke / 'metrics.jsonl').read_bytes()
-    done = cli('run', '--run', 'runs/smoke', '--profile', 'smoke')
-    assert done.returncode == 0 and done.stderr.count('unchanged, skipped') == len(STAGES) and time.time() - began < 30
-    assert (smoke / 'metrics.jsonl').read_bytes() == before
+def shell(*arguments, **more):
+    return subprocess.run([COMMAND, *map(str, arguments)], cwd=ROOT, env={**ENV, **more}, capture_output=True, text=True, timeout=600)
 
 
-def test_the_ledger_has_every_claim(smoke):
-    rows = json.loads((smoke / 'claims.json').read_text())
-    assert [r['id'] for r in rows] == [c.id for c in CLAIMS] and all(FIELDS <= set(r) for r in rows)
-    shown = cli('claims', 'runs/smoke', '--json')
-    assert json.loads(shown.stdout) == rows and 'E1' in cli('claims', 'runs/smoke').stdout
+def sentence(capsys, arguments, expected, code=2):
+    "`main(arguments)` must end with `code` and say one line on standard error that matches `expected`."
+    assert book.main([str(a) for a in arguments]) == code
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and re.search(expected, err[0]), err
+    assert 'Traceback' not in err[0]
 
 
-def test_claims_name_cells_that_exist(smoke):
-    for r in read_metrics(smoke):
-        if 'cell' not in r: continue
-        nb = nbformat.read(ROOT / 'nbs' / f'{r["chapter"]}.ipynb', 4)
-        assert r['cell'] in {c['id'] for c in nb.cells}, r
+def wait_for(condition, seconds=90):
+    end = time.time() + seconds
+    while time.time() < end:
+        found = condition()
+        if found: return found
+        time.sleep(.02)
+    raise AssertionError('waited in vain')
 
 
-def test_status_lists_every_stage(smoke):
-    text = cli('status', 'runs/smoke').stdout
-    assert all(n in text for n in STAGE_NAMES)
+# ------------------------------------------------------------------ mistakes that need no run
+
+@pytest.mark.parametrize('arguments, expected', [
+    (['run', '--profile', 'huge'], "unknown profile 'huge': expected one of smoke, laptop, gpu, paper"),
+    (['run', '--profile', 'smoke', '--games', 'pong,tetris'], "unknown game 'tetris': expected one of pong, breakout, ms_pacman"),
+    (['run', '--profile', 'smoke', '--games', ','], 'no game was given'),
+    (['run', '--profile', 'smoke', '--to', '99'], "unknown chapter '99': expected one of 01_frames"),
+    (['run', '--profile', 'smoke', '--from', 'tokens'], "unknown chapter 'tokens'"),
+    (['run', '--profile', 'smoke', '--from', '05', '--to', '04'], 'lies after'),
+    (['run', '--profile', 'smoke', '--seed', 'x'], 'invalid int value'),
+    (['run', '--profile', 'smoke', '--seed', '-1'], 'is not a whole number from 0 on'),
+    (['run', '--colour', 'red'], 'unrecognized arguments: --colour red'),
+    (['bench', 'luck'], "unknown benchmark 'luck': expected one of quantizer, dream, frames"),
+    (['dance'], 'invalid choice'), ([], 'required')])
+def test_mistakes_on_the_command_line(arguments, expected, tmp_path, capsys):
+    if arguments[:1] == ['run'] and '--colour' not in arguments: arguments = [*arguments, '--run', tmp_path / 'r']
+    sentence(capsys, arguments, expected)
+    assert not (tmp_path / 'r').exists()
 
 
-def test_no_pickle_in_a_run(smoke):
-    assert {p.suffix for p in (smoke / 'artifacts').rglob('*') if p.is_file()} <= {'.safetensors', '.json', '.gif'}
+def test_folders_that_are_no_runs(tmp_path, capsys):
+    sentence(capsys, ['status', tmp_path / 'none'], 'is not a run of the chain')
+    sentence(capsys, ['claims', tmp_path / 'none'], 'run chapter 12_claims first')
 
 
-def run_to(folder, last, **environment): return cli('run', '--run', folder, '--profile', 'smoke', '--games', 'pong,breakout', '--to', last, **environment)
+def test_missing_earlier_stage_is_named(tmp_path, capsys):
+    sentence(capsys, ['run', '--run', tmp_path / 'r', '--profile', 'smoke', '--from', '07'], 'lacks chapter 01_frames')
 
 
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-    "Frames and tokenizer of two games, run without interruption."
-    folder = tmp_path_factory.mktemp('whole') / 'run'
-    for first in ('01', '04'):
-        done = cli('run', '--run', folder, '--profile', 'smoke', '--games', 'pong,breakout', '--from', first, '--to', first)
-        assert done.returncode == 0, done.stderr
-    return folder
+def test_other_configuration_is_refused(tmp_path, capsys):
+    write_json(tmp_path / 'r' / 'run.json', {'profile': 'laptop', 'games': ['pong'], 'seed': 3})
+    sentence(capsys, ['run', '--run', tmp_path / 'r', '--profile', 'smoke'], 'was made by another configuration')
 
 
-def test_killed_and_resumed_is_bitwise_the_same(whole, tmp_path):
-    folder = tmp_path / 'run'
-    arguments = [PROGRAM, 'run', '--run', folder, '--profile', 'smoke', '--games', 'pong,breakout']
-    assert subprocess.run([*arguments, '--to', '01'], cwd=ROOT, capture_output=True).returncode == 0
-    process = subprocess.Popen([*arguments, '--from', '04', '--to', '04'], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, 'ATARI_HRVQ_CHECKPOINT_S': '0'})
-    checkpoint, deadline = folder / 'checkpoints' / '04_hrvq-tokenizer.safetensors', time.time() + 90
-    while not checkpoint.exists() and time.time() < deadline: time.sleep(.02)
-    os.killpg(process.pid, signal.SIGKILL); process.wait()
-    assert checkpoint.exists(), 'no checkpoint appeared: nothing was interrupted'
-    assert json.loads((folder / 'manifest.json').read_text())['stages']['04_hrvq']['state'] == 'running' and not (folder / 'metrics' / '04_hrvq.jsonl').exists()
-    again = cli('run', '--run', folder, '--profile', 'smoke', '--games', 'pong,breakout', '--from', '04', '--to', '04')
-    assert again.returncode == 0, again.stderr
-    for name in ('metrics.jsonl', 'artifacts/index.json'): assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+def test_damaged_manifest_is_named(tmp_path, capsys):
+    (tmp_path / 'manifest.json').write_text('{"stages":')
+    sentence(capsys, ['run', '--run', tmp_path, '--profile', 'smoke', '--to', '01'], r'manifest\.json is damaged')
 
 
-def test_plain_papermill_does_the_same(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / 'run')
-    before = (tmp_path / 'run/metrics/04_hrvq.jsonl').read_bytes()
-    (tmp_path / 'run/metrics/04_hrvq.jsonl').unlink()
-    done = subprocess.run([PROGRAM.parent / 'papermill', 'nbs/04_hrvq.ipynb', tmp_path / 'out.ipynb', '-p', 'run', tmp_path / 'run', '-p', 'profile', 'smoke', '-p', 'games', 'pong,breakout', '-k', 'python3'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / 'run/metrics/04_hrvq.jsonl').read_bytes() == before
-
-
-def test_papermill_with_an_unknown_parameter_fails(tmp_path):
-    done = subprocess.run([PROGRAM.parent / 'papermill', 'nbs/01_frames.ipynb', tmp_path / 'out.ipynb', '-p', 'run', tmp_path / 'run', '-p', 'stpes', '3', '-k', 'python3'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "unknown parameter of 01_frames 'stpes'" in done.stderr and not (tmp_path / 'run').exists()
-
-
-def one_sentence(done, *parts):
-    "The process failed with code 2 and one line on standard error that begins with the program's name and holds `parts`."
-    lines = [x for x in done.stderr.splitlines() if x.startswith('atari-hrvq: ')]
-    assert done.returncode == 2 and len(lines) == 1 and 'Traceback' not in done.stderr + done.stdout, done.stderr
-    for p in parts: assert p in lines[0], lines[0]
-
-
-@pytest.mark.parametrize('arguments, parts', [
-    (['--profile', 'huge'], ['unknown profile', 'laptop']), (['--games', 'pong,tetris'], ["unknown game 'tetris'", 'breakout']),
-    (['--from', '77'], ["unknown chapter '77'", '04_hrvq']), (['--to', 'nothing'], ['unknown chapter']), (['--from', '05', '--to', '03'], ['swap them']),
-    (['--from', '04', '--to', '04'], ['lacks chapter 01_frames', '--from 01_frames'])])
-def test_bad_calls(tmp_path, arguments, parts):
-    options = {'--profile': 'smoke', **dict(zip(arguments[::2], arguments[1::2], strict=True))}
-    one_sentence(cli('run', '--run', tmp_path / 'r', *(x for pair in options.items() for x in pair)), *parts)
-    assert not (tmp_path / 'r' / 'run.json').exists()
-
-
-def test_a_missing_stage_under_plain_papermill_names_its_chapter(tmp_path):
-    done = subprocess.run([PROGRAM.parent / 'papermill', 'nbs/04_hrvq.ipynb', tmp_path / 'out.ipynb', '-p', 'run', tmp_path / 'run', '-k', 'python3'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and 'run chapter 01_frames first' in done.stderr
-
-
-def test_another_configuration(whole): one_sentence(cli('run', '--run', whole, '--profile', 'smoke', '--games', 'pong,breakout', '--seed', '1', '--to', '01'), 'another configuration')
-
-
-@pytest.mark.parametrize('damage', ['cut', 'altered', 'missing'])
-def test_a_damaged_artefact_is_named(whole, tmp_path, damage):
-    shutil.copytree(whole, tmp_path / 'run')
-    path = tmp_path / 'run/artifacts/frames-pong-train.safetensors'
-    data = path.read_bytes()
-    if damage == 'missing': path.unlink()
-    else: path.write_bytes(data[:-10] if damage == 'cut' else data[:-1] + bytes([data[-1] ^ 1]))
-    one_sentence(run_to(tmp_path / 'run', '01'), str(path), '--from 01_frames')
-
-
-def test_no_permission(tmp_path):
+def test_no_write_permission(tmp_path, capsys):
     (tmp_path / 'file').write_text('')
-    one_sentence(cli('run', '--run', tmp_path / 'file' / 'run', '--profile', 'smoke', '--to', '01'), 'cannot write')
+    sentence(capsys, ['run', '--run', tmp_path / 'file' / 'r', '--profile', 'smoke'], 'cannot write to')
 
 
-def test_two_chains_in_one_folder(tmp_path):
-    import fcntl
-    (tmp_path / 'r').mkdir()
-    with open(tmp_path / 'r' / '.lock', 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        one_sentence(run_to(tmp_path / 'r', '01'), 'in use by another chain')
+def test_disk_full_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
+    write_json(tmp_path / 'manifest.json', {'stages': {}})
+    before = (tmp_path / 'manifest.json').read_bytes()
 
-
-@pytest.mark.parametrize('arguments, part', [(['status', '/nowhere'], 'is not a run'), (['claims', '/nowhere'], 'no claims.json'), (['bench', 'speed'], 'unknown benchmark')])
-def test_other_commands(arguments, part): one_sentence(cli(*arguments), part)
+    def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, 'replace', full)
+    sentence(capsys, ['run', '--run', tmp_path, '--profile', 'smoke', '--to', '01'], 'cannot write .*No space left')
+    assert (tmp_path / 'manifest.json').read_bytes() == before and not list(tmp_path.rglob('*.tmp'))
 
 
 @pytest.mark.parametrize('command', [[], ['run'], ['status'], ['claims'], ['bench'], ['outputs']])
-def test_help_everywhere(command): assert 'usage: atari-hrvq' in cli(*command, '--help').stdout
+def test_help_everywhere(command, capsys):
+    with pytest.raises(SystemExit) as e: book.main([*command, '--help'])
+    assert e.value.code == 0 and 'usage: atari-hrvq' in capsys.readouterr().out
 
 
-def test_keys_follow_code_and_parameters(tmp_path):
+# ------------------------------------------------------------------ what a chapter can do to the chain
+
+def small_book(folder, body, tags=('parameters',)):
+    "A checkout whose first chapter is `body`."
+    v4 = nbformat.v4
+    head = v4.new_code_cell("run = 'runs/smoke'\nprofile = 'smoke'\ngames = ['pong']\nseed = 0", metadata={'tags': list(tags)})
+    (folder / 'nbs').mkdir(parents=True, exist_ok=True)
+    (folder / 'atari_hrvq').mkdir(exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=[head, v4.new_code_cell(body)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}), folder / 'nbs' / '01_frames.ipynb')
+    return folder
+
+
+WRITE = "import json, pathlib\np = pathlib.Path(run) / 'stages' / '01_frames.json'; p.parent.mkdir(parents=True, exist_ok=True)\np.write_text(json.dumps(dict(profile=profile, games=games, seed={seed})))\n"
+
+
+@pytest.mark.parametrize('body, tags, code, expected', [
+    ("class BookError(Exception): pass\nraise BookError('the cup is empty: fill it')", ['parameters'], 2, '^atari-hrvq: the cup is empty: fill it$'),
+    ('1 / 0', ['parameters'], 1, r'01_frames failed with ZeroDivisionError: division by zero \(the executed notebook is .*01_frames\.ipynb\)'),
+    ('import os; os._exit(9)', ['parameters'], 1, 'its kernel died'),
+    (WRITE.format(seed='seed'), [], 2, "unknown parameter of 01_frames 'run'"),
+    (WRITE.format(seed=7), ['parameters'], 2, "01_frames ran with .*'seed': 7.* instead of"),
+    ('pass', ['parameters'], 2, '01_frames ran with nothing instead of')], ids=['book-error', 'other-error', 'kernel-dies', 'no-parameters-cell', 'other-parameters', 'nothing-written'])
+def test_what_a_chapter_can_do(body, tags, code, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(book, 'repo_root', lambda: small_book(tmp_path / 'book', body, tags))
+    assert book.main(['run', '--run', str(tmp_path / 'r'), '--profile', 'smoke', '--games', 'pong', '--to', '01']) == code
+    err = capsys.readouterr().err.strip().splitlines()
+    assert re.search(expected, err[-1]) and not any('Traceback' in line for line in err), err
+    assert json.loads((tmp_path / 'r' / 'manifest.json').read_text())['stages']['01_frames']['state'] == 'failed'
+    assert not list((tmp_path / 'r' / 'notebooks').glob('.*'))
+
+
+def test_keys_follow_code_parameters_and_upstream(tmp_path):
+    root, stage = small_book(tmp_path, 'from atari_hrvq.core import x'), book.STAGES[0]
+    (root / 'atari_hrvq' / 'core.py').write_text('from .vq import y')
+    (root / 'atari_hrvq' / 'vq.py').write_text('y = 1')
+    (root / 'atari_hrvq' / 'hrvq.py').write_text('z = 1')
+    key = lambda **p: book.stage_key(root, stage, p, {})
+    first = key(seed=0)
+    (root / 'atari_hrvq' / 'hrvq.py').write_text('z = 2')
+    assert key(seed=0) == first != key(seed=1)                               # a module that it does not import; another parameter
+    (root / 'atari_hrvq' / 'vq.py').write_text('y = 2')
+    assert key(seed=0) != first                                              # one that it imports by way of another
+    later = book.StageSpec('01_frames', '', ('00_core',))
+    keys = [book.stage_key(root, later, {}, {'00_core': {'key': k, 'files': {'a': f}}}) for k, f in (('k', 'f'), ('l', 'f'), ('k', 'g'), ('k', 'f'))]
+    assert len(set(keys)) == 3 and keys[0] == keys[3]
+
+
+def test_stop_and_second_chain(tmp_path, capsys):
+    run = tmp_path / 'r'
+    chain = subprocess.Popen([COMMAND, 'run', '--run', run, '--profile', 'smoke', '--from', '06', '--to', '06'], cwd=ROOT, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    kernels = wait_for(lambda: (run / '.kernels').exists() and json.loads((run / '.kernels').read_text() or '[]'))
+    sentence(capsys, ['run', '--run', run, '--profile', 'smoke'], 'is in use by another chain')
+    assert book.busy(run)
+    chain.send_signal(signal.SIGINT)
+    out, err = chain.communicate(timeout=30)
+    assert chain.returncode == 130 and err.strip().splitlines()[-1].endswith('stopped; run the same command again without --from to go on') and 'Traceback' not in err
+    assert kernels and not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != 'zombie' for pid, _ in kernels)
+    assert json.loads((run / 'manifest.json').read_text())['stages']['06_moe']['state'] == 'stopped' and not book.busy(run)
+
+
+def test_keys_of_this_book(tmp_path):
     for d in ('nbs', 'atari_hrvq'): shutil.copytree(ROOT / d, tmp_path / d)
     p = {'profile': 'smoke', 'games': ['pong'], 'seed': 0}
-    before = stage_keys(tmp_path, p)
-    assert stage_keys(tmp_path, p) == before and all(a != b for a, b in zip(before.values(), stage_keys(tmp_path, {**p, 'seed': 1}).values(), strict=True))
-    with open(tmp_path / 'atari_hrvq/vq.py', 'a') as f: f.write('# changed\n')
-    changed = {n for n, k in stage_keys(tmp_path, p).items() if k != before[n]}
+    before = book.stage_keys(tmp_path, p)
+    assert book.stage_keys(tmp_path, p) == before and all(a != b for a, b in zip(before.values(), book.stage_keys(tmp_path, {**p, 'seed': 1}).values(), strict=True))
+    with open(tmp_path / 'atari_hrvq' / 'vq.py', 'a') as f: f.write('# changed\n')
+    changed = {n for n, k in book.stage_keys(tmp_path, p).items() if k != before[n]}
     assert {'03_vq', '04_hrvq', '07_world', '12_claims'} <= changed and not {'01_frames', '06_moe', '09_ppo'} & changed
-    assert 'vq' in module_closure({'hrvq'})
+
+
+def test_plain_papermill_names_what_is_missing_or_unknown(tmp_path):
+    call = lambda notebook, *more: subprocess.run([BIN / 'papermill', f'nbs/{notebook}.ipynb', tmp_path / 'out.ipynb', '-p', 'run', tmp_path / 'r', *more], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    done = call('01_frames', '-p', 'stpes', '3')
+    assert done.returncode and "unknown parameter of 01_frames 'stpes'" in done.stderr and not (tmp_path / 'r').exists()
+    done = call('05_shared')
+    assert done.returncode and 'run chapter 04_hrvq first' in done.stderr
+
+
+def test_ledger_is_whole_after_any_number_of_chapters():
+    assert [c.id for c in CLAIMS] == 'E1 E2 E3 E4 E5 Q1 Q2 Q3 Q4 H1 H2 H3 H4 H5 W1 W2 W3 W4 W5 W6 P1 P2 P3 L1'.split()
+    rows = [{'chapter': '02_encoder', 'claim': 'E3', 'value': .1, 'null': .4, 'seeds': 1, 'frames': 9, 'cell': 'record'}]
+    for profile, expected in (('smoke', 'open'), ('laptop', 'open'), ('gpu', 'refuted'), ('paper', 'refuted')):
+        table = ledger(rows, profile)
+        assert len(table) == 24 and table[2]['verdict'] == expected and all(r['verdict'] == 'open' for r in table if r['id'] != 'E3')
+        assert list(table[2]) == ['id', 'claim', 'original', 'ours', 'interval', 'null', 'verdict', 'seeds', 'frames', 'chapter', 'cell']
+    assert ledger([{**rows[0], 'note': 'decisive: counted'}], 'smoke')[2]['verdict'] == 'refuted'
+    assert ledger([], 'smoke')[2]['ours'] is None
+
+
+def test_outputs_that_are_copied(tmp_path, monkeypatch):
+    "Outputs go where the source is the same, without the injected cell, counts and metadata; a picture that is too large is left out and named."
+    root, v4 = small_book(tmp_path / 'book', 'x = 1'), nbformat.v4
+    path = root / 'nbs' / '01_frames.ipynb'
+    ids = [c['id'] for c in json.loads(path.read_text())['cells']]
+    output = lambda data: v4.new_output('display_data', data, metadata={'isolated': True})
+    done = v4.new_notebook(cells=[v4.new_code_cell("run = 'other'", id=ids[0], outputs=[output({'text/plain': 'a'})]), v4.new_code_cell('run = 3', id='injected'),
+                                  v4.new_code_cell('x = 1', id=ids[1], execution_count=7, outputs=[output({'image/png': 'A' * 300_000}), output({'text/plain': 'kept'}), v4.new_output('stream', name='stderr', text='noise')])])
+    (tmp_path / 'r' / 'notebooks').mkdir(parents=True)
+    nbformat.write(done, tmp_path / 'r' / 'notebooks' / '01_frames.ipynb')
+    monkeypatch.setattr(book, 'repo_root', lambda: root)
+    book.store_outputs(tmp_path / 'r')
+    first, second = json.loads(path.read_text())['cells']
+    assert first['outputs'] == [] and [''.join(o['data']['text/plain']) for o in second['outputs']] == ['kept'] and second['execution_count'] is None and second['outputs'][0]['metadata'] == {}
+
+
+def test_make_and_ci():
+    shown = subprocess.run(['make', '-s', 'help'], cwd=ROOT, capture_output=True, text=True).stdout
+    assert all(f'make {t}' in shown for t in ('reproduce', 'test', 'lab', 'clean')) and os.access(ROOT / '.ci' / 'run', os.X_OK)
+    pins = (ROOT / 'constraints.txt').read_text().split()
+    assert 'torch==2.13.0' in pins and all(re.fullmatch(r'[\w.-]+==[\w.]+', p) for p in pins)
+
+
+# ------------------------------------------------------------------ the smoke chain
+
+def test_chain_runs_every_chapter(smoke):
+    manifest = json.loads((smoke / 'manifest.json').read_text())
+    assert list(manifest['stages']) == NAMES and all(s['state'] == 'done' and s['seconds'] > 0 and s['key'] for s in manifest['stages'].values())
+    assert max(s['peak_mb'] for s in manifest['stages'].values()) < 8000
+    assert {'python', 'torch', 'numpy', 'ale-py', 'atari-hrvq'} <= set(manifest['versions']) and set(manifest['notebooks']) == set(NAMES)
+    assert {p.stem for p in (smoke / 'notebooks').glob('*.ipynb')} == set(NAMES) and not list(smoke.rglob('*.tmp')) and not list((smoke / 'checkpoints').glob('*'))
+    assert not [p for p in (smoke / 'artifacts').rglob('*') if p.suffix in ('.pt', '.pkl', '.pth')]
+    log = (smoke.parent / 'smoke.log').read_text()
+    assert '[ 4/13] 04_hrvq' in log and f'executed notebooks: {smoke / "notebooks"}' in log
+
+
+def test_ledger(smoke):
+    done = shell('claims', smoke, '--json')
+    table = json.loads(done.stdout)
+    assert [r['id'] for r in table] == [c.id for c in CLAIMS] == 'E1 E2 E3 E4 E5 Q1 Q2 Q3 Q4 H1 H2 H3 H4 H5 W1 W2 W3 W4 W5 W6 P1 P2 P3 L1'.split()
+    for r in table:
+        assert list(r) == ['id', 'claim', 'original', 'ours', 'interval', 'null', 'verdict', 'seeds', 'frames', 'chapter', 'cell']
+        assert r['verdict'] in ('open', 'reproduced', 'exceeded', 'refuted', 'reproduced but worth nothing') and (r['ours'] is not None or r['verdict'] == 'open')
+        if r['cell']: assert r['cell'] in [c['id'] for c in json.loads((ROOT / 'nbs' / f'{r["chapter"]}.ipynb').read_text())['cells']]
+    assert 'E1' in (smoke / 'claims.md').read_text() and shell('claims', smoke).stdout.count('\n') >= len(CLAIMS)
+
+
+def test_metrics_name_cells_and_are_valid_json(smoke):
+    rows = [json.loads(line) for line in (smoke / 'metrics.jsonl').read_text().splitlines()]
+    assert {r['chapter'] for r in rows} >= set(NAMES) - {'00_core', '12_claims', '90_explore'}
+    ids = {n: {c['id'] for c in json.loads((ROOT / 'nbs' / f'{n}.ipynb').read_text())['cells']} for n in NAMES}
+    assert all(r['cell'] in ids[r['chapter']] for r in rows if 'cell' in r)
+
+
+def test_second_call_skips_everything(smoke):
+    began, before = time.time(), (smoke / 'metrics.jsonl').read_bytes()
+    done = shell('run', '--run', smoke, '--profile', 'smoke')
+    assert done.returncode == 0 and done.stderr.count('unchanged, skipped') == len(NAMES) and time.time() - began < 30
+    assert (smoke / 'metrics.jsonl').read_bytes() == before
+    assert shell('status', smoke).stdout.count('done') == len(NAMES)
+
+
+@pytest.fixture(scope='module')
+def copy(smoke, tmp_path_factory):
+    "A copy of the smoke run that tests may damage (and mend)."
+    return Path(shutil.copytree(smoke, tmp_path_factory.mktemp('copy') / 'run', ignore=shutil.ignore_patterns('notebooks')))
+
+
+@pytest.mark.parametrize('file, chapter', [('artifacts/tokenizer/model.safetensors', '04_hrvq'), ('artifacts/frames-pong-train.safetensors', '01_frames'), ('metrics/02_encoder.jsonl', '02_encoder'), ('claims.json', '12_claims')])
+def test_damaged_artefacts_are_named(copy, capsys, file, chapter):
+    path = copy / file
+    whole = path.read_bytes()
+    altered = bytearray(whole); altered[-2] ^= 1
+    for damaged, expected in ((whole[:-9], 'was altered or cut short'), (bytes(altered), 'was altered or cut short'), (None, 'is missing')):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        assert book.main(['run', '--run', str(copy), '--profile', 'smoke']) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert str(path) in last and expected in last and f'--from {chapter}' in last
+        path.write_bytes(whole)
+
+
+def test_plain_papermill_runs_the_same_stage(copy, tmp_path):
+    before = (copy / 'metrics' / '05_shared.jsonl').read_bytes()
+    (copy / 'metrics' / '05_shared.jsonl').unlink()
+    call = lambda *more: subprocess.run([BIN / 'papermill', 'nbs/05_shared.ipynb', tmp_path / 'out.ipynb', '-p', 'run', copy, '-p', 'profile', 'smoke', *more], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    done = call()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (copy / 'metrics' / '05_shared.jsonl').read_bytes() == before
+    done = call('-p', 'colour', 'red')
+    assert done.returncode != 0 and "unknown parameter of 05_shared 'colour'" in done.stderr
+
+
+@pytest.mark.parametrize('chapter, checkpoint', [('02_encoder', 'encoder'), ('04_hrvq', 'tokenizer')])
+def test_kill_and_resume_is_bitwise(copy, chapter, checkpoint):
+    "kill -9 of the chain and its kernel in the middle of a training; started again, the chapter ends in the same bytes."
+    files = {p: (copy / p).read_bytes() for p in json.loads((copy / 'manifest.json').read_text())['stages'][chapter]['files']}
+    chain = subprocess.Popen([COMMAND, 'run', '--run', copy, '--profile', 'smoke', '--from', chapter, '--to', chapter], cwd=ROOT, env={**ENV, 'ATARI_HRVQ_CHECKPOINT_S': '0'}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    path = copy / 'checkpoints' / f'{chapter}-{checkpoint}.safetensors'
+    wait_for(path.exists)
+    for p in [*psutil.Process(chain.pid).children(recursive=True), chain]: p.kill()
+    chain.wait()
+    state = load_tree(path)
+    assert 0 < state['step'] < 1000 and json.loads((copy / 'manifest.json').read_text())['stages'][chapter]['state'] == 'running'
+    assert re.search(rf'{chapter}\s+killed', str(book.status_table(copy)))
+    done = shell('run', '--run', copy, '--profile', 'smoke', '--to', chapter)
+    assert done.returncode == 0, done.stderr
+    assert f'{chapter}  ' in done.stderr and 'done in' in done.stderr
+    for p, data in files.items(): assert (copy / p).read_bytes() == data, p
+
+
+def test_outputs_are_copied_clean(smoke, tmp_path, monkeypatch):
+    from conftest import copy_book
+    checkout = copy_book(tmp_path / 'book')
+    monkeypatch.setattr(book, 'repo_root', lambda: checkout)
+    book.store_outputs(smoke)
+    before = {p.name: p.read_bytes() for p in (checkout / 'nbs').glob('*.ipynb')}
+    assert any(c['outputs'] for c in json.loads(before['01_frames.ipynb'])['cells'] if c['cell_type'] == 'code')
+    for name, data in before.items():
+        mine, theirs = json.loads(data)['cells'], json.loads((ROOT / 'nbs' / name).read_text())['cells']
+        assert [(c['id'], c['source']) for c in mine] == [(c['id'], c['source']) for c in theirs]
+    assert subprocess.run([BIN / 'nbdev_clean'], cwd=checkout, env={k: v for k, v in ENV.items() if k != 'IN_TEST'}).returncode == 0
+    assert {p.name: p.read_bytes() for p in (checkout / 'nbs').glob('*.ipynb')} == before
+    assert max(len(json.dumps([c.get('outputs') for c in json.loads(d)['cells']])) for d in before.values()) < 220_000
+
+
+def test_book_error_is_the_one_of_core():
+    with pytest.raises(BookError): book.find_stage('nothing')

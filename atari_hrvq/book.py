@@ -480,7 +480,8 @@ def main(arguments=None):
     def say(text, code): print(f'atari-hrvq: {text}', file=sys.stderr); return code
     def stop(*_): raise KeyboardInterrupt
     main_thread = threading.current_thread() is threading.main_thread()
-    before, a = signal.signal(signal.SIGTERM, stop) if main_thread else None, None
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}      # also where the shell ignores SIGINT for background jobs
+    a = None
     try:
         a = parser().parse_args(arguments)
         globals()[f'command_{a.command}'](a)
@@ -490,5 +491,5 @@ def main(arguments=None):
     except OSError as e: return say(f'{e.strerror or e}{f": {e.filename}" if e.filename else ""}; nothing was finished, check the space and the permissions there', 2)
     except KeyboardInterrupt: return say(f'stopped; run the same command again{" without --from" if getattr(a, "first", None) else ""} to go on', 130)
     finally:
-        if main_thread: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for n, handler in before.items(): signal.signal(n, handler or signal.SIG_DFL)
     return 0

@@ -42,7 +42,7 @@ CLAIMS = [Claim(*c) for c in (
     ('W4', 'a temporal hierarchy that matches the token hierarchy helps far ahead', '+15% long-horizon accuracy', .15, 1, '07_world'),
     ('W5', 'it fits about 11M parameters', '11M', 11., -1, '07_world'),
     ('W6', 'it combines TWISTER (contrastive prediction) with DreamerV4 (transformer and heads)', 'design', None, 1, '07_world'),
-    ('P1', 'PPO learns from imagined rollouts alone', 'games above random play', 1., 1, '11_evaluate'),
+    ('P1', 'PPO learns from imagined rollouts alone', 'above random play on every game', 1., 1, '11_evaluate'),
     ('P2', 'ten times the sample efficiency of model-free training', '10x', 10., 1, '11_evaluate'),
     ('P3', 'all of it on a single GPU', 'one GPU', None, 1, '11_evaluate'),
     ('L1', 'a small trained encoder beats a large frozen foundation model', '10x gap', 10., 1, 'A1'))]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 import torch
-from .core import (BookError, FitConfig, Stage, derive, fingerprint, fit, load_checkpoint, progress, read_json, require, rng_for,
+from .core import (FitConfig, Stage, derive, fingerprint, fit, load_checkpoint, progress, read_json, require,
                              save_checkpoint, seed_all, write_json)
 from .dream import Contexts, DreamVectorEnv, observation_size, observe
 from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, store_episodes
@@ -154,8 +154,7 @@ def learn(stage, agent, ppo, data, c, name='agent'):
     """The loop: dream, play, remember, learn the model; `data` {game: Tokens} grows in place. Returns the history of rounds.
 
     After each round the whole state is a checkpoint and the new episodes are stored as seeds and actions."""
-    history, curves, mark, done = [], [], fingerprint('loop', asdict(c), stage.config), 0
-    recent = None
+    history, curves, mark, recent = [], [], fingerprint('loop', asdict(c), stage.config), None
     for r in range(c.rounds + 1):
         path = stage.checkpoint(f'round-{r}')
         saved = load_checkpoint(path, mark)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import NamedTuple
-from .core import BookError, Stage, Table, read_json, read_metrics, require, write_atomic, write_json
+from .core import Stage, Table, read_metrics, require, write_atomic, write_json
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Claim', 'verdict', 'claim_row', 'ledger', 'show_claims', 'write_claims']

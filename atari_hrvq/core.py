@@ -4,9 +4,9 @@
 
 # %% ../nbs/00_core.ipynb #imports
 from __future__ import annotations
-import hashlib, json, math, os, sys, time, types
+import hashlib, json, math, os, sys, time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 import torch

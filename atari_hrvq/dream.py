@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
-from .core import BookError, Stage, best_device, progress, require, rng_for, seed_all
+from .core import BookError, Stage, progress, require, rng_for
 from .encoder import fit_probe
 from .frames import ACTIONS, LegalActions, action_mask, load_episodes, state_labels
 from .hrvq import Tokenizer

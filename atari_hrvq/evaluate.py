@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.stats import trim_mean
-from .core import BookError, GAMES, Stage, bootstrap_mean, choices, derive, progress, require, rng_for, write_atomic
+from .core import GAMES, Stage, bootstrap_mean, choices, derive, progress, require, rng_for, write_atomic
 from .frames import LEGAL, action_mask, make_env
 from .ppo import ActorCritic, sample
 
@@ -42,7 +42,7 @@ def evaluate(agent, game, episodes, seed=0, greedy=False, max_steps=27_000, prot
     """Full games of `game`. Returns one dict an episode: `return` (unclipped), `steps` (agent steps, four frames each), `finished`.
 
     `agent` has `start(game, n, seed)` and `act(frames uint8 [n, 4, 84, 84], restart bool [n], greedy)`. The same seed gives the same games.
-    An episode that reaches `max_steps` is cut and says `finished: False` (27,000 steps are the protocol's 30 minutes)."""
+    An episode that reaches `max_steps` is cut and says `finished: False`; the protocol's own end after 30 minutes (27,000 steps) counts as finished."""
     require(episodes > 0, f'episodes must be positive, got {episodes}')
     envs = [make_env(game, protocol) for _ in range(episodes)]
     for env in envs: check_full_game(env)
@@ -55,7 +55,7 @@ def evaluate(agent, game, episodes, seed=0, greedy=False, max_steps=27_000, prot
         for i in np.flatnonzero(live):
             now[i], reward, terminated, truncated, _ = envs[i].step(int(actions[i]))
             out[i]['return'] += reward; out[i]['steps'] += 1
-            if terminated or truncated: out[i]['finished'], live[i] = bool(terminated or truncated), False
+            if terminated or truncated: out[i]['finished'], live[i] = True, False
         if not live.any(): break
     for env in envs: env.close()
     return out

@@ -8,7 +8,7 @@ import base64, html, io, json, uuid
 import numpy as np
 import torch
 from PIL import Image
-from .core import BookError, Stage, require, rng_for
+from .core import Stage, rng_for
 from .frames import load_episodes
 from .hrvq import Tokenizer
 
@@ -27,7 +27,7 @@ def code_examples(tokenizer, episodes, codes_shown=12, examples=3, frames=300, s
     """Data of the token explorer: for each level the most used codes with their use by game and example frames.
 
     `episodes`: {game: Episodes}. Returns a dict for JSON: `games`, `grid`, `levels`: per level a list of `{code, count: [per game], shown: [{game, cell, picture}]}`,
-    `pictures`: data URLs. Cells that show the background only (the most used code of their place) are counted but come last."""
+    `pictures`: data URLs. Most used first, so the code of the still background leads: step past it with the slider."""
     G, pictures, seen = tokenizer.config.grid, [], {}
     index = {g: np.sort(rng_for(seed, 'explore', g).choice(len(e), min(frames, len(e)), replace=False)) for g, e in episodes.items()}
     codes = {g: tokenizer.encode(torch.from_numpy(e.frames[index[g]][:, None])).cpu().numpy() for g, e in episodes.items()}
@@ -72,7 +72,7 @@ const figure = (src, caption, size, cell, grid) => {
 };
 const row = () => el('div', {style: 'display:flex;gap:12px;flex-wrap:wrap;align-items:flex-end;margin:6px 0'});
 const slider = (label, max, value) => { const i = el('input', {type: 'range', min: 0, max, value, style: 'width:220px'}); i.setAttribute('aria-label', label); i.setAttribute('data-lm-suppress-shortcuts', 'true'); return i; };
-const choice = (label, names) => { const s = el('select', {}, ...names.map((n, i) => el('option', {value: i, textContent: n}))); s.setAttribute('aria-label', label); return s; };
+const choice = (label, names) => { const s = el('select', {}, ...names.map((n, i) => el('option', {value: i, textContent: n}))); s.setAttribute('aria-label', label); s.setAttribute('data-lm-suppress-shortcuts', 'true'); return s; };
 function tokens(model, root, d) {
   const level = choice('level', d.levels.map((_, i) => `level ${i}`)), pick = slider('code, by use', d.levels[0].length - 1, 0), name = el('output'), bars = row(), shown = row();
   const draw = () => {

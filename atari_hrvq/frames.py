@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
-from .core import BookError, GAMES, Stage, choices, derive, file_hash, progress, require, rng_for, write_atomic
+from .core import BookError, GAMES, Stage, choices, derive, progress, require, rng_for, write_atomic
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'ROMS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'ARRAYS', 'Protocol', 'action_mask', 'LegalActions', 'GameInfo',
@@ -210,7 +210,7 @@ class ReplayPolicy:
 
 def regenerate(game, protocol, seeds, actions, episode):
     "The `Episodes` that `collect` returned, from seeds int64 [episodes], actions int64 [N] and episode int64 [N]."
-    env, parts = make_env(game, protocol, stack=0, ram=True), []
+    env = make_env(game, protocol, stack=0, ram=True)
     kinds = dict(frames=np.uint8, rewards=np.float32, terminated=bool, truncated=bool, life_lost=bool, ram=np.uint8)
     rows = {k: [] for k in kinds}
     for t in progress(range(len(actions)), f'replaying {game}'):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from .core import BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, progress, require, rng_for, seed_all
+from .core import FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, progress, require, rng_for, seed_all
 from .encoder import CellDecoder, Encoder, EncoderConfig, check_frames, frame_batches, state_fidelity, weighted_error
 from .frames import load_episodes, state_labels
 from .vq import VectorQuantizer, assign, usage

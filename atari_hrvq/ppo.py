@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode
 from torch import nn
-from .core import (BookError, Pretrained, choices, derive, fingerprint, load_checkpoint, progress, require, save_checkpoint, seed_all)
+from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, progress, require, save_checkpoint, seed_all)
 
 # %% auto #0
 __all__ = ['gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout', 'PPOConfig', 'PPO', 'ReturnCounter',

@@ -6,8 +6,7 @@
 from __future__ import annotations
 from typing import NamedTuple
 import numpy as np
-import torch
-from .core import BookError, Stage, progress, require, rng_for
+from .core import Stage, progress, require, rng_for
 from .frames import load_episodes
 from .hrvq import Tokenizer
 

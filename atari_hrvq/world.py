@@ -4,13 +4,13 @@
 
 # %% ../nbs/07_world.ipynb #imports
 from __future__ import annotations
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, progress, require, rng_for
+from .core import BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, require, rng_for
 from .frames import ACTIONS, Episodes, load_episodes
 from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig

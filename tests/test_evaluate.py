@@ -34,6 +34,11 @@ def test_bootstrap_keeps_the_weight_of_each_game():
     assert lo == hi == .5
 
 
+def test_an_episode_that_is_cut_says_so():
+    cut, = evaluate(RandomAgent(), 'pong', 1, seed=0, max_steps=40)
+    assert cut['steps'] == 40 and not cut['finished']
+
+
 def test_reference_scores():
     assert human_normalised('ms_pacman', 6951.6) == 1 and human_normalised('breakout', 1.7) == 0
 

@@ -133,7 +133,7 @@ class Watch:
             total, known = me.memory_info().rss, len(self.kids)
             for p in me.children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if p.create_time() >= self.start - 1: total += p.memory_info().rss; self.kids[p] = p.create_time()
+                    if p.environ().get('ATARI_HRVQ_PROGRESS') == str(self.report): total += p.memory_info().rss; self.kids[p] = p.create_time()      # this stage's, not another child's
             self.peak_mb = max(self.peak_mb, total / 1e6)
             with contextlib.suppress(OSError):
                 if len(self.kids) > known: self.pids.write_text(json.dumps([[p.pid, born] for p, born in self.kids.items()]))

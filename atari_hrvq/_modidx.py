@@ -236,6 +236,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                    'atari_hrvq.frames._write_cache': ('frames.html#_write_cache', 'atari_hrvq/frames.py'),
                                    'atari_hrvq.frames.action_mask': ('frames.html#action_mask', 'atari_hrvq/frames.py'),
                                    'atari_hrvq.frames.collect': ('frames.html#collect', 'atari_hrvq/frames.py'),
+                                   'atari_hrvq.frames.episode_windows': ('frames.html#episode_windows', 'atari_hrvq/frames.py'),
                                    'atari_hrvq.frames.join_episodes': ('frames.html#join_episodes', 'atari_hrvq/frames.py'),
                                    'atari_hrvq.frames.load_episodes': ('frames.html#load_episodes', 'atari_hrvq/frames.py'),
                                    'atari_hrvq.frames.load_stored': ('frames.html#load_stored', 'atari_hrvq/frames.py'),

@@ -15,8 +15,8 @@ from .core import BookError, GAMES, Stage, choices, derive, progress, require, r
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'ROMS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'ARRAYS', 'Protocol', 'action_mask', 'LegalActions', 'GameInfo',
-           'make_env', 'make_vec_env', 'state_labels', 'Episodes', 'join_episodes', 'RandomPolicy', 'collect',
-           'ReplayPolicy', 'regenerate', 'store_episodes', 'load_stored', 'load_episodes']
+           'make_env', 'make_vec_env', 'state_labels', 'episode_windows', 'Episodes', 'join_episodes', 'RandomPolicy',
+           'collect', 'ReplayPolicy', 'regenerate', 'store_episodes', 'load_stored', 'load_episodes']
 
 # %% ../nbs/01_frames.ipynb #protocol
 @dataclass(frozen=True)
@@ -117,6 +117,11 @@ def state_labels(game, ram):
     return labels, names, present
 
 # %% ../nbs/01_frames.ipynb #episodes
+def episode_windows(episode_N, length):
+    "int64 [M]: starts of windows of `length` steps inside one episode, from the episode int64 [N] of each step."
+    start = np.arange(max(0, len(episode_N) - length + 1))
+    return start[episode_N[start] == episode_N[start + length - 1]]
+
 @dataclass
 class Episodes:
     """Steps of one game in order. `frames` uint8 [N, 84, 84], `actions` int64 [N], `rewards` float32 [N] (unclipped),
@@ -148,8 +153,7 @@ class Episodes:
 
     def windows(self, length):
         "int64 [M]: starts of windows of `length` steps inside one episode."
-        start = np.arange(max(0, len(self) - length + 1))
-        return start[self.episode[start] == self.episode[start + length - 1]]
+        return episode_windows(self.episode, length)
 
     def returns(self):
         "Unclipped returns of the episodes that ended, float64."

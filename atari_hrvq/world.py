@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .core import BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, require, rng_for
-from .frames import ACTIONS, Episodes, load_episodes
+from .frames import ACTIONS, episode_windows, load_episodes
 from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig
 
@@ -33,9 +33,7 @@ class Tokens:
 
     def windows(self, length):
         "int64 [M]: starts of windows of `length` steps inside one episode."
-        start = np.arange(max(0, len(self) - length + 1))
-        e = self.episode.numpy()
-        return start[e[start] == e[start + length - 1]]
+        return episode_windows(self.episode.numpy(), length)
 
 def tokenise(tokenizer, episodes):
     "`Tokens` of an `Episodes`, on the CPU."

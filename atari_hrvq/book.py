@@ -16,8 +16,8 @@ __all__ = ['STAGES', 'BENCHES', 'StageSpec', 'find_stage', 'repo_root', 'code_ce
            'stage_key', 'stage_keys', 'upstream', 'clock', 'Watch', 'end_processes', 'hardware', 'versions',
            'made_files', 'check_files', 'locked', 'busy', 'StageFailed', 'logged_kernel', 'execute', 'run_chain',
            'kernel_environment', 'median_seconds', 'bench_row', 'bench_quantizer', 'bench_dream', 'bench_frames',
-           'store_outputs', 'status_table', 'read_claims', 'Parser', 'parser', 'command_run', 'command_status',
-           'command_claims', 'command_bench', 'command_outputs', 'main']
+           'matmul_rate', 'bench_encoder', 'store_outputs', 'status_table', 'read_claims', 'Parser', 'parser',
+           'command_run', 'command_status', 'command_claims', 'command_bench', 'command_outputs', 'main']
 
 # %% ../nbs/91_book.ipynb #stages
 class StageSpec(NamedTuple):
@@ -37,7 +37,8 @@ STAGES = [StageSpec(*s) for s in (
     ('09_ppo', 'PPO', ()),
     ('10_agent', 'agent', ('01_frames', '04_hrvq', '07_world')),
     ('11_evaluate', 'scores', ('09_ppo', '10_agent')),
-    ('12_claims', 'ledger', tuple(f'{i:02d}_{n}' for i, n in enumerate(('frames', 'encoder', 'vq', 'hrvq', 'shared', 'moe', 'world', 'dream', 'ppo', 'agent', 'evaluate'), 1))),
+    ('A1_foundation', 'foundation model', ('01_frames', '02_encoder')),
+    ('12_claims', 'ledger', (*(f'{i:02d}_{n}' for i, n in enumerate(('frames', 'encoder', 'vq', 'hrvq', 'shared', 'moe', 'world', 'dream', 'ppo', 'agent', 'evaluate'), 1)), 'A1_foundation')),
     ('90_explore', 'explorer', ('01_frames', '04_hrvq', '05_shared')))]
 
 def find_stage(text):
@@ -366,22 +367,62 @@ def bench_dream():
         rows.append(bench_row(f'dream step batch {B}', 1000 * t, 'ms', t / floor))
     return rows
 
-def bench_frames(steps=1500):
-    "Agent steps a second of `collect` against ale-py's own vector environment, both on one thread."
+def bench_frames(steps=10_000):
+    "Agent steps a second of `collect` (frames, RAM and hashable episodes kept) against ale-py's own vector environment, both on every core."
     import ale_py, numpy as np
     from atari_hrvq.frames import RandomPolicy, collect
-    rows = []
-    t = median_seconds(lambda: collect('pong', RandomPolicy('pong'), steps, 0), 5, 1)
-    envs = ale_py.AtariVectorEnv('pong', num_envs=2, num_threads=1, frameskip=4)
-    envs.reset(seed=0)
-    def peer():
-        for _ in range(steps // 2): envs.step(np.zeros(2, np.int64))
-    p = median_seconds(peer, 5, 1)
-    envs.close()
-    rows.append(bench_row('collect pong', steps / t, 'agent steps/s', None, 'ale-py AtariVectorEnv, one thread', p / t))
+    from atari_hrvq.core import GAMES
+    cores, rows = os.cpu_count(), []
+    for game in GAMES:
+        policy = RandomPolicy(game)
+        ours = lambda: collect(game, policy, steps, 0, workers=cores, shard=-(-steps // cores))
+        envs = ale_py.AtariVectorEnv(game, num_envs=4 * cores, num_threads=cores, frameskip=4, full_action_space=True, reward_clipping=False, use_fire_reset=False)
+        envs.reset(seed=0)
+        legal, rng = np.array(policy.legal), np.random.default_rng(0)
+        def peer():
+            for _ in range(steps // (4 * cores)): envs.step(rng.choice(legal, 4 * cores))
+        times = [(median_seconds(ours, 1, i == 0), median_seconds(peer, 1, i == 0)) for i in range(3)]      # in turns, so that both see the same machine
+        t, p = (sorted(x)[1] for x in zip(*times))
+        envs.close()
+        rows.append(bench_row(f'collect {game}, {cores} processes', steps / t, 'agent steps/s', None, f'ale-py AtariVectorEnv, {cores} threads', p / t))
     return rows
 
-BENCHES = {'quantizer': bench_quantizer, 'dream': bench_dream, 'frames': bench_frames}
+def matmul_rate(n=2048):
+    "Floating-point operations a second of a square fp32 matrix product, what this machine can do at best here."
+    import torch
+    from atari_hrvq.core import best_device
+    a = torch.randn(n, n, device=best_device())
+    def f():
+        a @ a
+        if a.is_cuda: torch.cuda.synchronize()
+    return 2 * n ** 3 / median_seconds(f)
+
+def bench_encoder(N=96):
+    "Frames a second through chapter 02's encoder, forward and in a training step, with the share of the machine's matmul rate that this is."
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from atari_hrvq.core import FitConfig, best_device, make_adamw
+    from atari_hrvq.encoder import EncoderConfig, EncoderTraining
+    device, rows = best_device(), []
+    frames = torch.randint(0, 256, (2, N // 2, 5, 84, 84), dtype=torch.uint8, device=device)
+    training, game = EncoderTraining(EncoderConfig()).to(device), torch.arange(N // 2, device=device) % 3
+    action = game % 2
+    opt = make_adamw(training, FitConfig(1))
+    def sync():
+        if device.type == 'cuda': torch.cuda.synchronize()
+    def forward():
+        with torch.no_grad(): training.encoder(frames[:, :, 1:].flatten(0, 1), game.repeat(2))
+        sync()
+    def step():
+        opt.zero_grad(); training.loss(frames[0], action, game)[0].backward(); opt.step(); sync()
+    rate = matmul_rate()
+    for name, f, n in (('encoder forward', forward, N), ('encoder training step', step, N)):
+        with FlopCounterMode(display=False) as count: f()
+        t = median_seconds(f)
+        rows.append(bench_row(name, n / t, 'frames/s', rate * t / count.get_total_flops(), f'{count.get_total_flops() / n / 1e6:.0f} MFLOP a frame, {count.get_total_flops() / t / rate:.0%} of the matmul rate', None))
+    return rows
+
+BENCHES = {'quantizer': bench_quantizer, 'dream': bench_dream, 'frames': bench_frames, 'encoder': bench_encoder}
 
 # %% ../nbs/91_book.ipynb #outputs
 def store_outputs(run, limit=200_000, out=sys.stderr):

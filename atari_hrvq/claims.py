@@ -25,11 +25,11 @@ CLAIMS = [Claim(*c) for c in (
     ('E1', 'a CNN of about 1.8M parameters keeps consecutive frames close', 'temporal ratio 0.260', .260, -1, '02_encoder'),
     ('E2', 'its embeddings do not collapse', 'diversity 1.411', 1.411, 1, '02_encoder'),
     ('E3', 'it carries the game state', 'correlation 0.267', .267, 1, '02_encoder'),
-    ('E4', 'frozen DINOv2 detects motion but not position', 'correlation 0.08', .08, -1, 'A1'),
+    ('E4', 'frozen DINOv2 detects motion but not position', 'correlation 0.08', .08, -1, 'A1_foundation'),
     ('E5', 'one encoder serves Pong, Breakout and MsPacman', 'temporal ratio 0.22 on average', .22, -1, '02_encoder'),
     ('Q1', 'a 256-code VQ uses its whole codebook', 'perplexity 247.5', 247.5, 1, '03_vq'),
     ('Q2', 'it trains fast', '50 epochs of 300k embeddings in 50 s on a GPU', 50., -1, '03_vq'),
-    ('Q3', 'projecting foundation embeddings to 128 before VQ loses codes', '77/256 -> 153/256', None, 1, 'A1'),
+    ('Q3', 'projecting foundation embeddings to 128 before VQ loses codes', '77/256 -> 153/256', None, 1, 'A1_foundation'),
     ('Q4', 'one codebook over the joint games fills in two epochs', 'perplexity about 240 in 2 epochs', 240., 1, '05_shared'),
     ('H1', 'three residual levels stay fully used', 'perplexity 240/229/228', 232., 1, '04_hrvq'),
     ('H2', 'the residual levels restore what one level loses', 'cosine 0.40 -> 0.73', .73, 1, '04_hrvq'),
@@ -45,7 +45,7 @@ CLAIMS = [Claim(*c) for c in (
     ('P1', 'PPO learns from imagined rollouts alone', 'above random play on every game', 1., 1, '11_evaluate'),
     ('P2', 'ten times the sample efficiency of model-free training', '10x', 10., 1, '11_evaluate'),
     ('P3', 'all of it on a single GPU', 'one GPU', None, 1, '11_evaluate'),
-    ('L1', 'a small trained encoder beats a large frozen foundation model', '10x gap', 10., 1, 'A1'))]
+    ('L1', 'a small trained encoder beats a large frozen foundation model', '10x gap', 10., 1, 'A1_foundation'))]
 
 # %% ../nbs/12_claims.ipynb #verdict
 def verdict(claim, value, interval=None, null=None, profile='gpu', decisive=False):

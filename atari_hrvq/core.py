@@ -35,13 +35,13 @@ def choices(what, given, known):
     require(given in known, f"unknown {what} {given!r}: expected one of {', '.join(map(str, known))}")
 
 # %% ../nbs/00_core.ipynb #profiles
-PROFILES = ('smoke', 'laptop', 'gpu', 'paper')
+PROFILES = ('smoke', 'laptop', 'overnight', 'gpu', 'paper')
 GAMES = ('pong', 'breakout', 'ms_pacman')
 
 def pick(profile, **by_profile):
-    "The value for `profile`; `paper` falls back to `gpu`'s, which must be given."
+    "The value for `profile`; `overnight` falls back to `laptop`'s and `paper` to `gpu`'s."
     choices('profile', profile, PROFILES)
-    return by_profile[profile] if profile in by_profile else by_profile['gpu']
+    return by_profile[profile if profile in by_profile else 'laptop' if profile == 'overnight' else 'gpu']
 
 def parse_games(games):
     "A tuple of known games from a list or a comma-separated string, in the book's order and without repeats."

@@ -173,10 +173,7 @@ def position_probes(tokenizer, tokens, episodes, kind='mlp', seed=0, only=None):
     "`{name: function of codes [n, P, L]}`: probes from quantised cells to each position (or to those in `only`), fitted where the object is present."
     labels, names, present = state_labels(episodes.game, episodes.ram)
     look = lambda codes: tokenizer.embed(codes).flatten(1).cpu().numpy()
-    x, probes = look(tokens.codes), {}
-    for v, name in enumerate(names):
-        m = present[:, v]
-        if only and name not in only or m.sum() < 50 or labels[m, v].std() < 1: continue
-        probe = fit_probe(x[m], labels[m, v], kind, seed)
-        probes[name] = lambda codes, probe=probe: probe(look(codes))
-    return probes
+    keep = [v for v, name in enumerate(names) if (not only or name in only) and present[:, v].sum() >= 50 and labels[present[:, v], v].std() >= 1]
+    if not keep: return {}
+    probe = fit_probe(look(tokens.codes), labels[:, keep], present[:, keep], kind, seed, 1_000)
+    return {names[v]: lambda codes, i=i: probe(look(codes))[:, i] for i, v in enumerate(keep)}

@@ -9,31 +9,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import RidgeCV
-from sklearn.neural_network import MLPRegressor
 from torch import nn
 from .core import BookError, GAMES, FitConfig, Pretrained, Stage, count_parameters, fit, progress, require, rng_for
-from .frames import load_episodes, state_labels
+from .frames import ACTIONS, load_episodes, screen_positions, state_labels
 
 # %% auto #0
-__all__ = ['Background', 'check_frames', 'EncoderConfig', 'Encoder', 'CellDecoder', 'info_nce', 'weighted_error',
-           'EncoderTraining', 'frame_batches', 'embed', 'temporal_ratio', 'diversity', 'state_correlation', 'fit_probe',
-           'r2', 'state_fidelity']
+__all__ = ['OBJECTIVES', 'Background', 'check_frames', 'EncoderConfig', 'Encoder', 'CellDecoder', 'PointDecoder', 'info_nce',
+           'cell_nce', 'weighted_error', 'EncoderTraining', 'frame_batches', 'MLPProbe', 'fit_probe', 'r2',
+           'probe_fidelity', 'state_fidelity', 'embed', 'temporal_ratio', 'diversity', 'state_correlation',
+           'episode_draws']
 
 # %% ../nbs/02_encoder.ipynb #background
 class Background(nn.Module):
-    "Median frame and foreground rarity of each game, as buffers [G, 84, 84]; scale: 64 gray levels are 1."
+    "Median frame of each game [G, 84, 84] and the weight of 16 bands of gray at each pixel [G, 16, 84, 84], as buffers; scale of the foreground: 64 gray levels are 1."
     def __init__(self, games):
         super().__init__()
         self.games = tuple(games)
         self.register_buffer('median', torch.zeros(len(self.games), 84, 84))
-        self.register_buffer('rarity', torch.ones(len(self.games), 84, 84))
+        self.register_buffer('rarity', torch.ones(len(self.games), 16, 84, 84))
 
     def measure(self, episodes):
-        "Set both from `{game: Episodes}`."
+        "Set both from about 1,000 frames of each game of `{game: Episodes}`."
         for i, g in enumerate(self.games):
-            some = episodes[g].frames[:: max(1, len(episodes[g]) // 1000)].astype(np.float32)
-            self.median[i] = torch.from_numpy(np.median(some, 0))
-            p = (np.abs(some - self.median[i].cpu().numpy()) > 10).mean(0)
+            some = episodes[g].frames[:: max(1, len(episodes[g]) // 1000)]
+            self.median[i] = torch.from_numpy(np.median(some, 0).astype(np.float32))
+            p = np.stack([(some // 16 == band).mean(0) for band in range(16)])
             self.rarity[i] = torch.from_numpy(np.minimum(300, 1 / (p + .003)).astype(np.float32))
         return self
 
@@ -49,14 +49,15 @@ class Background(nn.Module):
 
     def weight(self, foreground, game):
         "The loss weight of each pixel of `foreground` [N, 84, 84]."
-        return 1 + (foreground.abs() > 10 / 64) * self.rarity[game]
+        band = ((foreground * 64 + self.median[game]).round().clamp(0, 255) // 16).long()
+        return self.rarity[game].gather(1, band[:, None])[:, 0]
 
 # %% ../nbs/02_encoder.ipynb #check-frames
-def check_frames(frames):
-    "uint8 tensor [N, T, 84, 84], or one sentence."
+def check_frames(frames, least=1):
+    "uint8 tensor [N, T, 84, 84] with T >= `least`, or one sentence."
     frames = torch.as_tensor(frames)
-    require(frames.dtype == torch.uint8 and frames.dim() == 4 and tuple(frames.shape[2:]) == (84, 84),
-            f'frames must be uint8 [N, T, 84, 84], got {str(frames.dtype).split(".")[-1]} {list(frames.shape)}')
+    require(frames.dtype == torch.uint8 and frames.dim() == 4 and tuple(frames.shape[2:]) == (84, 84) and frames.shape[1] >= least,
+            f'frames must be uint8 [N, T, 84, 84] with T >= {least}, got {str(frames.dtype).split(".")[-1]} {list(frames.shape)}')
     return frames
 
 # %% ../nbs/02_encoder.ipynb #encoder
@@ -69,6 +70,7 @@ class EncoderConfig:
     cell_dim: int = 64
     grid: int = 3                 # cells on one side
     dim: int = 256                # width of the frame vector; 0 for none
+    keypoints: int = 32           # of the vector's coordinates, two for each keypoint
 
 class Encoder(Pretrained):
     "Frames uint8 [N, 4, 84, 84] -> `(vector [N, dim] of unit norm or None, grid [N, cell_dim, G, G])`."
@@ -78,46 +80,96 @@ class Encoder(Pretrained):
         super().__init__()
         c = self.config = config
         require(1 <= c.grid <= 21 and 1 <= c.frames <= 4, f'grid must be 1 to 21 and frames 1 to 4, got {c.grid} and {c.frames}')
+        require(not c.dim or c.dim > 2 * c.keypoints, f'a vector of {c.dim} has no room for {c.keypoints} keypoints of two coordinates: expected dim above {2 * c.keypoints}')
         c1, c2 = c.channels
         self.background = Background(c.games)
         self.side = -(-21 // c.grid)                               # features on one side of a cell
         self.conv1, self.conv2 = nn.Conv2d(c.frames, c1, 8, 4, 2), nn.Conv2d(c1, c2, 3, 1, 1)
         self.cell1, self.cell2 = nn.Linear(c2 * self.side ** 2, c.hidden), nn.Linear(c.hidden, c.cell_dim)
         self.place = nn.Parameter(torch.zeros(c.grid ** 2, c.hidden))
-        self.vector = nn.Linear(c.cell_dim * c.grid ** 2, c.dim) if c.dim else None
+        if c.dim:
+            self.vector, self.attention = nn.Linear(c.cell_dim * c.grid ** 2, c.dim - 2 * c.keypoints), nn.Conv2d(c2, c.keypoints, 1)
+            self.standard = nn.BatchNorm1d(c.dim, momentum=.05, affine=False)
 
-    def cells(self, foreground):
-        "float [N, frames, 84, 84] -> [N, P, cell_dim]"
-        N, G, s = len(foreground), self.config.grid, self.side
-        h = F.silu(self.conv2(F.silu(self.conv1(foreground))))
-        h = F.pad(h, (0, G * s - 21, 0, G * s - 21))
+    def features(self, foreground):
+        "float [N, frames, 84, 84] -> [N, c2, 21, 21]"
+        return F.silu(self.conv2(F.silu(self.conv1(foreground))))
+
+    def cut(self, features):
+        "float [N, c2, 21, 21] -> [N, P, cell_dim]"
+        N, G, s = len(features), self.config.grid, self.side
+        h = F.pad(features, (0, G * s - 21, 0, G * s - 21))
         h = h.view(N, -1, G, s, G, s).permute(0, 2, 4, 1, 3, 5).reshape(N, G * G, -1)
         return self.cell2(F.silu(self.cell1(h) + self.place))
 
+    def cells(self, foreground):
+        "float [N, frames, 84, 84] -> [N, P, cell_dim]"
+        return self.cut(self.features(foreground))
+
+    def points(self, features):
+        "Keypoints float [N, K, 2]: column and row in -1..1."
+        a = self.attention(features).flatten(2).float().softmax(2).unflatten(2, features.shape[2:])
+        line = torch.linspace(-1, 1, features.shape[-1], device=a.device)
+        return torch.stack([(a.sum(2) * line).sum(2), (a.sum(3) * line).sum(2)], 2)
+
+    def join(self, z, points):
+        "Cells [N, P, C] and keypoints [N, K, 2] -> unit vector [N, dim]."
+        K = points.shape[1] * 2
+        v = self.standard(torch.cat([points.flatten(1), self.vector(z.flatten(1)).float()], 1))
+        return F.normalize(torch.cat([v[:, :K] * .5, v[:, K:]], 1), dim=-1)
+
+    @torch.no_grad()
+    def calibrate(self, batches):
+        "Set the statistics that standardise the vector to those of `batches`, an iterable of `(frames, game)`."
+        self.standard.reset_running_stats(); self.standard.momentum = None                  # None: the plain mean over all batches
+        self.standard.train()
+        for frames, game in batches: self.parts(frames, game)
+        self.standard.momentum = .05
+        return self.eval()
+
+    def parts(self, frames, game=None):
+        "`(vector or None, cells [N, P, C], keypoints [N, K, 2] or None)` of uint8 frames."
+        foreground, _ = self.background(check_frames(frames, self.config.frames)[:, -self.config.frames:], game)
+        h = self.features(foreground)
+        z, points = self.cut(h), self.points(h) if self.config.dim else None
+        return (self.join(z, points) if self.config.dim else None), z, points
+
     def forward(self, frames, game=None):
-        foreground, _ = self.background(check_frames(frames)[:, -self.config.frames:], game)
-        z = self.cells(foreground)
-        G = self.config.grid
-        vector = F.normalize(self.vector(z.flatten(1)), dim=-1) if self.vector else None
-        return vector, z.transpose(1, 2).unflatten(2, (G, G))
+        vector, z, _ = self.parts(frames, game)
+        return vector, z.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
 
 # %% ../nbs/02_encoder.ipynb #decoder
 class CellDecoder(nn.Module):
-    "The mirror of `Encoder.cells`: [N, P, cell_dim] -> foreground [N, 84, 84]."
-    def __init__(self, config):
+    "The mirror of `Encoder.cells`: [N, P, cell_dim] -> foreground [N, frames, 84, 84], oldest frame first."
+    def __init__(self, config, frames=1):
         super().__init__()
         c = self.config = config
         c1, c2 = c.channels
         self.side = -(-21 // c.grid)
         self.cell2, self.cell1 = nn.Linear(c.cell_dim, c.hidden), nn.Linear(c.hidden, c2 * self.side ** 2)
         self.place = nn.Parameter(torch.zeros(c.grid ** 2, c.hidden))
-        self.conv2, self.conv1 = nn.Conv2d(c2, c1, 3, 1, 1), nn.Conv2d(c1, 16, 3, 1, 1)
+        self.conv2, self.conv1 = nn.Conv2d(c2, c1, 3, 1, 1), nn.Conv2d(c1, 16 * frames, 3, 1, 1)
 
     def forward(self, z):
         N, G, s = len(z), self.config.grid, self.side
         h = F.silu(self.cell1(F.silu(self.cell2(z) + self.place)))
         h = h.view(N, G, G, -1, s, s).permute(0, 3, 1, 4, 2, 5).reshape(N, -1, G * s, G * s)[:, :, :21, :21]
-        return F.pixel_shuffle(self.conv1(F.silu(self.conv2(h))), 4)[:, 0]
+        return F.pixel_shuffle(self.conv1(F.silu(self.conv2(h))), 4)
+
+class PointDecoder(nn.Module):
+    "Keypoints [N, K, 2] -> foreground [N, 1, 84, 84]: a bump for each keypoint, then three convolutions that know what belongs there."
+    def __init__(self, keypoints, width=.07):
+        super().__init__()
+        self.width = width
+        self.convs = nn.Sequential(nn.Conv2d(keypoints, 32, 3, 1, 1), nn.SiLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.SiLU(), nn.Conv2d(32, 16, 3, 1, 1), nn.PixelShuffle(4))
+
+    def bumps(self, points, size=21):
+        "[N, K, 2] -> [N, K, size, size]: exp(-distance^2 / 2 width^2)"
+        line = torch.linspace(-1, 1, size, device=points.device)
+        near = torch.exp(-(line - points[..., None]) ** 2 / (2 * self.width ** 2))
+        return near[:, :, 1, :, None] * near[:, :, 0, None, :]
+
+    def forward(self, points): return self.convs(self.bumps(points))
 
 # %% ../nbs/02_encoder.ipynb #losses
 def info_nce(v_ND, next_ND, temperature=.1):
@@ -126,42 +178,114 @@ def info_nce(v_ND, next_ND, temperature=.1):
     target = torch.arange(len(v_ND), device=v_ND.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
+def cell_nce(query_NPD, key_NPD, temperature=.1):
+    "InfoNCE of each cell of `query` against the same cell of all rows of `key`, mean over cells; scalar, in nats."
+    q, k = F.normalize(query_NPD, dim=-1), F.normalize(key_NPD, dim=-1)
+    logits = torch.einsum('npd,mpd->pnm', q, k) / temperature
+    target = torch.arange(len(q), device=q.device).expand(logits.shape[0], -1)
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
 def weighted_error(prediction, target, weight):
     "Weighted mean squared error; `weight` is normalised to mean 1."
     return (weight * (prediction - target) ** 2).sum() / weight.sum()
 
 # %% ../nbs/02_encoder.ipynb #trainer
-class EncoderTraining(nn.Module):
-    "An encoder with a light decoder; `loss` adds the objectives by their weights (0 switches one off)."
-    def __init__(self, config, nce=.1, reconstruction=10.):
-        super().__init__()
-        self.encoder, self.weights = Encoder(config), {'nce': nce, 'reconstruction': reconstruction}
-        self.decoder = CellDecoder(EncoderConfig(channels=(16, 32), hidden=256, cell_dim=config.cell_dim, grid=config.grid))
+OBJECTIVES = {'time': .2, 'reconstruction': 10., 'inverse': 0., 'space': 0., 'keypoints': 5.}     # name -> weight in the sum; 0 switches one off
 
-    def loss(self, frames, after, game):
-        "frames, after: uint8 [B, 4, 84, 84] of consecutive steps; game int64 [B]. Returns (loss, metrics)."
-        v, grid = self.encoder(frames, game)
-        parts = {}
-        if self.weights['nce']: parts['nce'] = info_nce(v, self.encoder(after, game)[0])
-        if self.weights['reconstruction']:
-            target = self.encoder.background(frames[:, -1:], game)[0][:, 0]
-            parts['reconstruction'] = weighted_error(self.decoder(grid.flatten(2).transpose(1, 2)), target, self.encoder.background.weight(target, game))
-        require(parts, 'every objective is switched off: give at least one a weight above 0')
-        return sum(self.weights[k] * v for k, v in parts.items()), parts
+class EncoderTraining(nn.Module):
+    "An encoder with what its objectives need; `loss` adds them by their weights. `rarity=False`: every pixel weighs the same."
+    def __init__(self, config, weights=OBJECTIVES, rarity=True):
+        super().__init__()
+        for k in weights: require(k in OBJECTIVES, f'unknown objective {k!r}: expected some of {", ".join(OBJECTIVES)}')
+        self.weights, self.rarity = {k: v for k, v in weights.items() if v}, rarity
+        require(self.weights, 'every objective is switched off: give at least one a weight above 0')
+        flat, on = config.cell_dim * config.grid ** 2, self.weights
+        self.encoder = Encoder(config)
+        if 'reconstruction' in on: self.decoder = CellDecoder(EncoderConfig(channels=(16, 32), hidden=256, cell_dim=config.cell_dim, grid=config.grid), frames=2)
+        if 'inverse' in on: self.action = nn.Sequential(nn.Linear(2 * flat, 256), nn.SiLU(), nn.Linear(256, ACTIONS))
+        if 'space' in on: self.local, self.whole = nn.Linear(config.cell_dim, config.cell_dim), nn.Linear(config.dim, config.cell_dim)
+        if 'keypoints' in on: self.draw = PointDecoder(config.keypoints)
+
+    def loss(self, frames, action, game):
+        "frames: uint8 [B, 5, 84, 84], the stacks of two consecutive steps; action int64 [B] between them; game int64 [B]. Returns (loss, metrics)."
+        B, both, on = len(frames), torch.cat([frames[:, :4], frames[:, 1:]]), self.weights
+        v, z, points = self.encoder.parts(both, game.repeat(2))
+        now, later, parts = z[:B], z[B:], {}
+        if 'time' in on: parts['time'] = info_nce(v[:B], v[B:])
+        if 'reconstruction' in on or 'keypoints' in on: target, weight = self.target(both, game.repeat(2))
+        if 'reconstruction' in on: parts['reconstruction'] = weighted_error(self.decoder(z), target, weight)
+        if 'inverse' in on: parts['inverse'] = F.cross_entropy(self.action(torch.cat([now.flatten(1), later.flatten(1)], 1)), action)
+        if 'space' in on: parts['space'] = cell_nce(self.local(now), later) + cell_nce(self.whole(v[:B])[:, None].expand_as(later), later)
+        if 'keypoints' in on: parts['keypoints'] = weighted_error(self.draw(points), target[:, 1:], weight[:, 1:])
+        return sum(on[k] * loss for k, loss in parts.items()), parts
+
+    def target(self, frames, game):
+        "The foreground of the last two frames [N, 2, 84, 84] and the weight of each pixel."
+        target, b = self.encoder.background(frames[:, -2:], game)[0], self.encoder.background
+        weight = torch.stack([b.weight(target[:, i], game) for i in range(2)], 1) if self.rarity else torch.ones_like(target)
+        return target, weight
 
 # %% ../nbs/02_encoder.ipynb #batches
-def frame_batches(episodes, size, steps=1):
-    "A function of `rng`: stacks of `size` frames, equal numbers of each game, with the stacks `steps` later: `(frames, after, game)`."
-    starts = {g: e.windows(steps + 1) for g, e in episodes.items()}
-    for g, s in starts.items(): require(len(s), f'{g} has no episode of {steps + 1} steps: collect more')
+def frame_batches(episodes, size, stack=5):
+    "A function of `rng`: `size` windows, equal numbers of each game: `(frames uint8 [size, stack, 84, 84] up to step t + 1, action int64 [size] at step t, game int64 [size])`."
+    starts = {g: e.windows(2) for g, e in episodes.items()}
+    for g, s in starts.items(): require(len(s), f'{g} has no episode of 2 steps: collect more')
     def batch(rng):
-        frames, after, game = [], [], []
+        frames, action, game = [], [], []
         for i, (g, e) in enumerate(episodes.items()):
             n = size // len(episodes) + (i < size % len(episodes))
             t = rng.choice(starts[g], n)
-            frames.append(e.stacks(t)); after.append(e.stacks(t + steps)); game.append(np.full(n, i))
-        return tuple(torch.from_numpy(np.concatenate(x)) for x in (frames, after, game))
+            frames.append(e.stacks(t + 1, stack)); action.append(e.actions[t]); game.append(np.full(n, i))
+        return tuple(torch.from_numpy(np.concatenate(x)) for x in (frames, action, game))
     return batch
+
+# %% ../nbs/02_encoder.ipynb #probe
+class MLPProbe(nn.Module):
+    "Representation [n, D] -> standardised variables [n, V]: two hidden layers with dropout; `loss` ignores absent variables."
+    def __init__(self, width, variables, hidden=512, dropout=.3):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, variables))
+    def forward(self, x): return self.net(x)
+    def loss(self, x, y, present):
+        error = ((self(x) - y) ** 2 * present).sum() / present.sum().clamp(min=1)
+        return error, {'error': error}
+
+def fit_probe(x, labels, present=None, kind='ridge', seed=0, steps=2_000):
+    """A function `q [m, D] -> [m, V]` fitted on x float [n, D] and labels float [n, V], on rows where `present` bool [n, V].
+    `ridge`: strength by leave-one-out; `mlp`: `MLPProbe`, `steps` batches of 256. Inputs and targets are standardised."""
+    require(kind in ('ridge', 'mlp'), f'unknown probe {kind!r}: expected ridge or mlp')
+    present = np.ones(labels.shape, bool) if present is None else present
+    mean, scale, count = x.mean(0), x.std(0) + 1e-3, present.sum(0).clip(1)
+    ym = (labels * present).sum(0) / count
+    ys = np.sqrt((((labels - ym) * present) ** 2).sum(0) / count) + 1e-6
+    prepare = lambda q: ((q - mean) / scale).clip(-8, 8).astype(np.float32)              # a pixel that was constant in training must not be a surprise of a thousand sigma
+    x, y = prepare(x), ((labels - ym) / ys).astype(np.float32)
+    if kind == 'ridge':
+        models = [RidgeCV(np.logspace(0, 5, 6)).fit(x[m], y[m, v]) if (m := present[:, v]).sum() > 1 else None for v in range(y.shape[1])]
+        look = lambda q: np.stack([m.predict(q) if m else np.zeros(len(q)) for m in models], 1)
+    else:
+        torch.manual_seed(seed)
+        probe, data = MLPProbe(x.shape[1], y.shape[1]), [torch.from_numpy(a) for a in (x, y, present.astype(np.float32))]
+        fit(probe, lambda rng: (lambda rows: [a[rows] for a in data])(rng.integers(len(x), size=256)), FitConfig(steps, weight_decay=1e-2), seed=seed, desc='probe')
+        look = lambda q: probe(torch.from_numpy(q)).detach().numpy()
+    return lambda q: look(prepare(q)) * ys + ym
+
+def r2(truth, guess):
+    "1 - squared error / variance, of two arrays [n]."
+    return float(1 - ((truth - guess) ** 2).mean() / truth.var())
+
+def probe_fidelity(probe, x, labels):
+    "`{variable: R^2}` of a fitted probe on x [n, D] and the triple of `state_labels`; variables rarely present or constant are left out."
+    y, names, present = labels
+    guess = probe(x)
+    return {name: r2(y[m, v], guess[m, v]) for v, name in enumerate(names) if (m := present[:, v]).sum() >= 20 and y[m, v].std() >= 1}
+
+def state_fidelity(x_train, x_test, train_labels, test_labels, kind='ridge', seed=0, steps=2_000):
+    "`{variable: R^2 on the test rows}` of a probe fitted on the training rows; labels are the triples of `state_labels`."
+    y, names, present = train_labels
+    known = [n for v, n in enumerate(names) if present[:, v].sum() >= 50 and y[present[:, v], v].std() >= 1]
+    scores = probe_fidelity(fit_probe(x_train, y, present, kind, seed, steps), x_test, test_labels)
+    return {n: r for n, r in scores.items() if n in known}
 
 # %% ../nbs/02_encoder.ipynb #embed
 @torch.no_grad()
@@ -169,8 +293,8 @@ def embed(encoder, episodes, index, chunk=256):
     "`(vectors float32 [n, D], grid [n, P * C])` of the frames at `index`, as NumPy arrays."
     device, vs, gs = next(encoder.parameters()).device, [], []
     for i in range(0, len(index), chunk):
-        v, g = encoder(torch.from_numpy(episodes.stacks(index[i:i + chunk])).to(device))
-        vs.append(v.cpu()); gs.append(g.flatten(1).cpu())
+        v, z, _ = encoder.parts(torch.from_numpy(episodes.stacks(index[i:i + chunk])).to(device))
+        vs.append(v.cpu()); gs.append(z.flatten(1).cpu())
     return torch.cat(vs).numpy(), torch.cat(gs).numpy()
 
 # %% ../nbs/02_encoder.ipynb #legacy
@@ -196,25 +320,8 @@ def state_correlation(x_ND, labels_NV, present_NV):
         best.append(np.abs(x.T @ y / np.where(norm > 1e-9, norm, np.inf)).max())
     return float(np.mean(best)) if best else float('nan')
 
-# %% ../nbs/02_encoder.ipynb #probe
-def fit_probe(x, y, kind='ridge', seed=0):
-    "A fitted probe from [n, D] to one variable [n]: `ridge` (strength by leave-one-out) or `mlp` (128 hidden, early stopping); inputs and target standardised."
-    mean, scale = x.mean(0), x.std(0) + 1e-3
-    ym, ys = y.mean(), y.std() + 1e-6
-    model = RidgeCV(np.logspace(0, 5, 6)) if kind == 'ridge' else MLPRegressor(hidden_layer_sizes=(128,), max_iter=40, early_stopping=True, random_state=seed, batch_size=256, learning_rate_init=2e-3)
-    model.fit((x - mean) / scale, (y - ym) / ys)
-    return lambda q: model.predict((q - mean) / scale) * ys + ym
-
-def r2(truth, guess):
-    "1 - squared error / variance, of two arrays [n]."
-    return float(1 - ((truth - guess) ** 2).mean() / truth.var())
-
-def state_fidelity(x_train, x_test, train_labels, test_labels, kind='ridge', seed=0):
-    "`{variable: R^2 on the test rows}`; labels are the triples of `state_labels`. Variables that are rarely present or constant are left out."
-    (y, names, present), (yt, _, present_t) = train_labels, test_labels
-    scores = {}
-    for v, name in enumerate(names):
-        m, mt = present[:, v], present_t[:, v]
-        if m.sum() < 50 or mt.sum() < 20 or y[m, v].std() < 1 or yt[mt, v].std() < 1: continue
-        scores[name] = r2(yt[mt, v], fit_probe(x_train[m], y[m, v], kind, seed)(x_test[mt]))
-    return scores
+def episode_draws(episode_N, statistic, draws=100, seed=0):
+    "float [draws]: `statistic(rows int64 [M])` on rows of episodes drawn with replacement, for a bootstrap over episodes."
+    starts, rng = np.flatnonzero(np.r_[True, episode_N[1:] != episode_N[:-1]]), rng_for(seed, 'episodes')
+    blocks = np.split(np.arange(len(episode_N)), starts[1:])
+    return np.array([statistic(np.concatenate([blocks[i] for i in rng.integers(len(blocks), size=len(blocks))])) for _ in range(draws)])

@@ -4,19 +4,22 @@
 
 # %% ../nbs/01_frames.ipynb #imports
 from __future__ import annotations
-import hashlib
+import copy, difflib, hashlib, os
 from dataclasses import dataclass
 import ale_py, cv2
 import gymnasium as gym
+import joblib
 import numpy as np
 import torch
+from ale_py import roms
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 from .core import BookError, GAMES, Stage, choices, derive, progress, require, rng_for, write_atomic
 
 # %% auto #0
-__all__ = ['PROTOCOLS', 'ROMS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'ARRAYS', 'Protocol', 'action_mask', 'LegalActions', 'GameInfo',
-           'make_env', 'make_vec_env', 'state_labels', 'episode_windows', 'Episodes', 'join_episodes', 'RandomPolicy',
-           'collect', 'ReplayPolicy', 'regenerate', 'store_episodes', 'load_stored', 'load_episodes']
+__all__ = ['PROTOCOLS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'SCREEN', 'KINDS', 'ARRAYS', 'SPLITS', 'Protocol', 'rom_id',
+           'legal_actions', 'action_mask', 'LegalActions', 'GameInfo', 'make_env', 'make_vec_env', 'state_labels',
+           'screen_positions', 'episode_windows', 'Episodes', 'join_episodes', 'RandomPolicy', 'ReadingPolicy',
+           'collect', 'ReplayPolicy', 'regenerate', 'frame_cache', 'store_episodes', 'load_stored', 'load_episodes']
 
 # %% ../nbs/01_frames.ipynb #protocol
 @dataclass(frozen=True)
@@ -27,15 +30,29 @@ class Protocol:
     max_frames: int = 108_000    # emulator frames until an episode is truncated (30 minutes)
 
 PROTOCOLS = {'atari100k': Protocol(), 'sticky': Protocol(sticky=.25)}
-ROMS = {'pong': 'ALE/Pong-v5', 'breakout': 'ALE/Breakout-v5', 'ms_pacman': 'ALE/MsPacman-v5'}
 LEGAL = {'pong': (0, 1, 3, 4, 11, 12), 'breakout': (0, 1, 3, 4), 'ms_pacman': (0, 2, 3, 4, 5, 6, 7, 8, 9)}   # minimal action sets
 ACTIONS = 18
 
+def rom_id(game):
+    "Gymnasium's id of a game by the name of its ROM: the book's three, or any other that ale-py ships (`freeway`)."
+    if game not in GAMES:
+        known = roms.get_all_rom_ids()
+        near = difflib.get_close_matches(str(game), known, 1)
+        require(game in known, f"unknown game {game!r}: expected one of {', '.join(GAMES)}, or another ROM of ale-py {ale_py.__version__}" + (f' (did you mean {near[0]!r}?)' if near else ''))
+    return 'ALE/' + ''.join(word.capitalize() for word in game.split('_')) + '-v5'
+
+def legal_actions(game):
+    "The actions of ALE's minimal action set of `game`, a tuple of integers below 18; asked of the emulator once."
+    if game not in LEGAL:
+        rom_id(game)
+        ale = ale_py.ALEInterface(); ale.loadROM(roms.get_rom_path(game))
+        LEGAL[game] = tuple(sorted(int(a.value) for a in ale.getMinimalActionSet()))
+    return LEGAL[game]
+
 def action_mask(game):
     "int8 [18]: 1 where ALE's minimal action set of `game` has the action."
-    choices('game', game, GAMES)
     mask = np.zeros(ACTIONS, np.int8)
-    mask[list(LEGAL[game])] = 1
+    mask[list(legal_actions(game))] = 1
     return mask
 
 # %% ../nbs/01_frames.ipynb #env
@@ -45,7 +62,7 @@ class LegalActions(gym.spaces.Discrete):
     def sample(self, mask=None, probability=None): return super().sample(mask=self.legal if mask is None and probability is None else mask, probability=probability)
     def contains(self, x): return super().contains(x) and bool(self.legal[int(x)])
     def check(self, action):
-        require(0 <= int(action) < ACTIONS and self.legal[int(action)], f'action {action} is illegal in {self.game}: expected one of {LEGAL[self.game]}')
+        require(0 <= int(action) < ACTIONS and self.legal[int(action)], f'action {action} is illegal in {self.game}: expected one of {legal_actions(self.game)}')
         return int(action)
 
 class GameInfo(gym.Wrapper, gym.utils.RecordConstructorArgs):
@@ -80,13 +97,15 @@ class GameInfo(gym.Wrapper, gym.utils.RecordConstructorArgs):
 # %% ../nbs/01_frames.ipynb #make
 def make_env(game, protocol='atari100k', stack=4, ram=False, life_loss_ends=False):
     """One game. Observations uint8 [stack, 84, 84] (uint8 [84, 84] for `stack=0`), actions Discrete(18) with
-    `info['action_mask']`, rewards unclipped, `terminated` at the end of the game (or of a life with `life_loss_ends`)."""
-    choices('game', game, GAMES); choices('protocol', protocol, PROTOCOLS)
+    `info['action_mask']`, rewards unclipped, `terminated` at the end of the game (or of a life with `life_loss_ends`).
+
+    `reset(seed=s)` loads the ROM afresh (a tenth of a second); `reset()` goes on with the emulator's state, deterministically."""
+    name = rom_id(game); choices('protocol', protocol, PROTOCOLS)
     p = PROTOCOLS[protocol]
     cv2.setNumThreads(1)
     gym.register_envs(ale_py)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    env = gym.make(ROMS[game], frameskip=1, repeat_action_probability=p.sticky, full_action_space=True,
+    env = gym.make(name, frameskip=1, repeat_action_probability=p.sticky, full_action_space=True, obs_type='grayscale',
                    max_num_frames_per_episode=p.max_frames, disable_env_checker=True)
     env = AtariPreprocessing(env, noop_max=p.noop_max, frame_skip=p.frame_skip, screen_size=84, terminal_on_life_loss=False, grayscale_obs=True)
     env = GameInfo(env, game, ram, life_loss_ends)
@@ -106,7 +125,7 @@ POSITIONS = {   # name -> RAM address of each position
 def state_labels(game, ram):
     """Positions from RAM. `ram`: uint8 [N, 128]. Returns `(labels float32 [N, V], names, present bool [N, V])` in console
     units (160 columns, about 210 rows); `present` is False where the object is not on the screen."""
-    choices('game', game, GAMES)
+    require(game in POSITIONS, f'the RAM of {game} is not annotated: labels exist for {", ".join(POSITIONS)}')
     ram = np.asarray(ram)
     require(ram.ndim == 2 and ram.shape[1] == 128, f'RAM must have shape [N, 128], got {list(ram.shape)}')
     names = list(POSITIONS[game])
@@ -115,6 +134,21 @@ def state_labels(game, ram):
     if game == 'pong': present[:, :2] = ((ram[:, 54] != 0) & (ram[:, 49] > 49))[:, None]
     if game == 'breakout': present[:, :2] = ((ram[:, 101] > 0) & (ram[:, 101] <= 187))[:, None]
     return labels, names, present
+
+# %% ../nbs/01_frames.ipynb #screen
+SCREEN = {   # object -> (x, y) offsets from RAM to the centre of its sprite on the 160 x 210 screen; an axis without a label is where the object stays
+    'pong': {'ball': (-49, -14), 'player': (141, -6), 'enemy': (17, -6)},
+    'breakout': {'ball': (-49, 9), 'paddle': (-39, 190)},
+    'ms_pacman': {name: (-9, 2) for name in ('player', 'sue', 'inky', 'pinky', 'blinky')}}
+
+def screen_positions(game, labels_NV):
+    "`{object: float32 [N, 2]}`: (column, row) of each object's centre in the 84 x 84 picture, from the labels of `state_labels` (float [N, V])."
+    require(game in SCREEN, f'where the objects of {game} are drawn is not known: expected one of {", ".join(SCREEN)}')
+    names, out = list(POSITIONS[game]), {}
+    for name, offset in SCREEN[game].items():
+        xy = [labels_NV[:, names.index(f'{name}_{axis}')] + o if f'{name}_{axis}' in names else np.full(len(labels_NV), o) for axis, o in zip('xy', offset, strict=True)]
+        out[name] = np.stack([xy[0] * 84 / 160, xy[1] * 84 / 210], 1).astype(np.float32)
+    return out
 
 # %% ../nbs/01_frames.ipynb #episodes
 def episode_windows(episode_N, length):
@@ -126,7 +160,7 @@ def episode_windows(episode_N, length):
 class Episodes:
     """Steps of one game in order. `frames` uint8 [N, 84, 84], `actions` int64 [N], `rewards` float32 [N] (unclipped),
     `terminated`, `truncated`, `life_lost` bool [N], `episode` int64 [N] (0, 1, ...), `ram` uint8 [N, 128] at the time of
-    the frame, `seeds` int64 [episodes]: the reset seed of each episode."""
+    the frame, `seeds` int64 [episodes]: the reset seed of each episode, -1 where the emulator went on without one."""
     game: str
     protocol: str
     frames: np.ndarray
@@ -149,7 +183,7 @@ class Episodes:
 
     def stacks(self, index, k=4):
         "uint8 [n, k, 84, 84]: what the agent saw at `index`, oldest frame first."
-        return self.frames[self.stack_index(index, k)]
+        return np.asarray(self.frames[self.stack_index(index, k)])
 
     def windows(self, length):
         "int64 [M]: starts of windows of `length` steps inside one episode."
@@ -165,6 +199,11 @@ class Episodes:
         "SHA-256 over the frames."
         return hashlib.sha256(np.ascontiguousarray(self.frames)).hexdigest()
 
+    def hashes(self):
+        "SHA-256 over the frames of each episode, a list of hexadecimal texts."
+        ends = np.searchsorted(self.episode, np.arange(len(self.seeds) + 1))
+        return [hashlib.sha256(np.ascontiguousarray(self.frames[a:b])).hexdigest() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
 def join_episodes(parts):
     "One `Episodes` from several of the same game and protocol."
     require(len({(p.game, p.protocol) for p in parts}) == 1, 'only episodes of one game and one protocol can be joined')
@@ -172,89 +211,167 @@ def join_episodes(parts):
     cat = {k: np.concatenate([getattr(p, k) for p in parts]) for k in ARRAYS if k != 'episode'}
     return Episodes(parts[0].game, parts[0].protocol, episode=np.concatenate([p.episode + o for p, o in zip(parts, offset[:-1], strict=True)]), **cat)
 
-ARRAYS = ('frames', 'actions', 'rewards', 'terminated', 'truncated', 'life_lost', 'episode', 'ram', 'seeds')
+KINDS = dict(frames=np.uint8, actions=np.int64, rewards=np.float32, terminated=bool, truncated=bool, life_lost=bool, episode=np.int64, ram=np.uint8)
+ARRAYS = (*KINDS, 'seeds')
 
 # %% ../nbs/01_frames.ipynb #policy
 class RandomPolicy:
     "Legal actions, each kept with probability `hold` at every step; `hold=0` is uniform play."
-    def __init__(self, game, hold=.75): self.legal, self.hold, self.action = LEGAL[game], hold, 0
+    def __init__(self, game, hold=.75): self.legal, self.hold, self.action = legal_actions(game), hold, 0
     def start(self): self.action = 0
-    def __call__(self, frame, rng):
+    def __call__(self, frame, ram, rng):
         if rng.random() >= self.hold: self.action = int(rng.choice(self.legal))
         return self.action
 
+class ReadingPolicy:
+    """Plays well by reading RAM, which no agent of this book may do: follows the ball (Pong, Breakout), runs from the nearest ghost
+    (MsPacman). With probability `noise` a random legal action instead."""
+    def __init__(self, game, noise=.15):
+        require(game in POSITIONS, f'no reading policy for {game}: expected one of {", ".join(POSITIONS)}')
+        self.game, self.noise, self.legal, self.away, self.side = game, noise, legal_actions(game), 0, 0
+    def start(self): self.away, self.side = 0, 0
+    def __call__(self, frame, ram, rng):
+        if rng.random() < self.noise: return int(rng.choice(self.legal))
+        return getattr(self, self.game)(ram.astype(int), rng)
+    def pong(self, ram, rng):
+        if ram[54] == 0: self.side = rng.integers(-4, 5)                     # where on the paddle the next ball shall land
+        gap = int(ram[54]) - int(ram[51]) - 6 + self.side
+        return 0 if abs(gap) < 4 else 4 if gap > 0 else 3
+    def breakout(self, ram, rng):
+        if not 0 < ram[101] <= 187: self.side = rng.integers(-6, 7); return 1
+        gap = int(ram[99]) - int(ram[72]) - 8 + self.side
+        return 0 if abs(gap) < 4 else 3 if gap > 0 else 4
+    def ms_pacman(self, ram, rng):
+        if self.away and rng.random() < .85: return self.away
+        x, y = ram[10], ram[16]
+        near = min(range(4), key=lambda g: abs(ram[6 + g] - x) + abs(ram[12 + g] - y))
+        dx, dy = x - ram[6 + near], y - ram[12 + near]
+        across, along = (3 if dx > 0 else 4), (5 if dy > 0 else 2)           # right, left; down, up
+        self.away = int(rng.choice([across, along]) if rng.random() < .7 else rng.choice((2, 3, 4, 5)))
+        return self.away
+
 # %% ../nbs/01_frames.ipynb #collect
-def collect(game, policy, steps, seed, protocol='atari100k', desc=None):
-    """Play `steps` agent steps of `game`. `policy(frame uint8 [84, 84], rng) -> action`; `policy.start()` at each episode.
-    Every episode has its own reset seed derived from `seed`, so the result follows from (game, protocol, seeds, actions)."""
-    require(steps > 0, f'steps must be positive, got {steps}')
-    env, rng, rows, seeds = make_env(game, protocol, stack=0, ram=True), rng_for(seed, game, 'policy'), {k: [] for k in ARRAYS if k != 'seeds'}, []
-    done = True
-    for _ in progress(range(steps), desc or f'playing {game}'):
-        if done:
-            seeds.append(derive(seed, game, 'episode', len(seeds)) % 2**31)
-            frame, info = env.reset(seed=seeds[-1]); policy.start()
-        action = policy(frame, rng)
+def _play(game, protocol, policy, rng, out, seeds, starts=None, desc=None):
+    "Play `len(out['actions'])` steps into the arrays of `out`. Episodes begin with `seeds[i]` (-1 or none left: no seed) at `starts` (bool [N]; default: when one has ended)."
+    env, seeds, done, steps = make_env(game, protocol, stack=0, ram=True), list(seeds), True, range(len(out['actions']))
+    used = []
+    for t in progress(steps, desc) if desc else steps:
+        if done if starts is None else starts[t]:
+            used.append(seeds[len(used)] if len(used) < len(seeds) else -1)
+            frame, info = env.reset(seed=int(used[-1]) if used[-1] >= 0 else None); policy.start()
+        action = policy(frame, info['ram'], rng)
         after, reward, terminated, truncated, info_after = env.step(action)
-        for k, v in dict(frames=frame, actions=action, rewards=reward, terminated=terminated, truncated=truncated,
-                         life_lost=info_after['life_lost'], episode=len(seeds) - 1, ram=info['ram']).items(): rows[k].append(v)
+        out['frames'][t], out['ram'][t], out['actions'][t], out['rewards'][t], out['episode'][t] = frame, info['ram'], action, reward, len(used) - 1
+        out['terminated'][t], out['truncated'][t], out['life_lost'][t] = terminated, truncated, info_after['life_lost']
         frame, info, done = after, info_after, terminated or truncated
     env.close()
-    kinds = dict(frames=np.uint8, actions=np.int64, rewards=np.float32, terminated=bool, truncated=bool, life_lost=bool, episode=np.int64, ram=np.uint8)
-    return Episodes(game, protocol, **{k: np.asarray(v, kinds[k]) for k, v in rows.items()}, seeds=np.asarray(seeds, np.int64))
+    return used
+
+def _empty(steps, frames=None):
+    "Arrays for `steps` steps; `frames` may be given."
+    shape = {'frames': (steps, 84, 84), 'ram': (steps, 128)}
+    require(frames is None or (frames.shape, frames.dtype) == (shape['frames'], np.uint8), f'frames must be uint8 {list(shape["frames"])} to hold {steps} steps')
+    return {k: frames if k == 'frames' and frames is not None else np.empty(shape.get(k, (steps,)), dtype) for k, dtype in KINDS.items()}
+
+def _shard(game, protocol, policy, rng, seeds, starts, steps, desc=None):
+    "One shard in arrays of its own (what a worker process sends back)."
+    out = _empty(steps)
+    return out, _play(game, protocol, policy, rng, out, seeds, starts, desc)
+
+def _run_shards(shards, out, workers, desc):
+    """Play the argument lists of `_shard` into `out`, one after the other in place or in `workers` processes; returns the seeds used."""
+    ends, seeds = np.cumsum([0] + [s[-1] for s in shards]), []
+    part = lambda i: {k: v[ends[i]:ends[i + 1]] for k, v in out.items()}
+    if workers > 1 and len(shards) > 1:
+        results = joblib.Parallel(workers, return_as='generator')(joblib.delayed(_shard)(*s) for s in shards)
+        for i, (made, used) in enumerate(progress(results, desc, len(shards))):
+            for k, v in part(i).items(): v[:] = made[k]
+            seeds.append(used)
+    else: seeds = [_play(*s[:4], part(i), *s[4:6], desc) for i, s in enumerate(shards)]
+    offset = np.cumsum([0] + [len(u) for u in seeds])
+    for i in range(len(shards)): part(i)['episode'][:] += offset[i]
+    return np.asarray(sum(seeds, []), np.int64)
+
+def collect(game, policy, steps, seed, protocol='atari100k', *, workers=1, shard=5_000, frames=None, desc=None):
+    """Play `steps` agent steps of `game` in shards of `shard` steps, in `workers` processes (0: one a core); returns `Episodes`.
+
+    Seeds derive from `seed`, the game and the number of the shard, so the result does not depend on `workers`. `frames`: a uint8
+    array [steps, 84, 84] to fill, for example a memory map; default: a new one."""
+    require(steps > 0 and shard > 0, f'steps must be positive, got {steps} in shards of {shard}')
+    choices('protocol', protocol, PROTOCOLS)
+    sizes = [min(shard, steps - a) for a in range(0, steps, shard)]
+    shards = [(game, protocol, copy.deepcopy(policy), rng_for(seed, game, 'policy', i), [derive(seed, game, 'shard', i) % 2**31], None, n) for i, n in enumerate(sizes)]
+    out = _empty(steps, frames)
+    seeds = _run_shards(shards, out, workers or os.cpu_count(), desc or f'playing {game}')
+    return Episodes(game, protocol, seeds=seeds, **out)
 
 # %% ../nbs/01_frames.ipynb #replay
 class ReplayPolicy:
     "Plays back recorded actions."
     def __init__(self, actions): self.actions, self.t = actions, 0
     def start(self): pass
-    def __call__(self, frame, rng):
+    def __call__(self, frame, ram, rng):
         self.t += 1
         return int(self.actions[self.t - 1])
 
-def regenerate(game, protocol, seeds, actions, episode):
-    "The `Episodes` that `collect` returned, from seeds int64 [episodes], actions int64 [N] and episode int64 [N]."
-    env = make_env(game, protocol, stack=0, ram=True)
-    kinds = dict(frames=np.uint8, rewards=np.float32, terminated=bool, truncated=bool, life_lost=bool, ram=np.uint8)
-    rows = {k: [] for k in kinds}
-    for t in progress(range(len(actions)), f'replaying {game}'):
-        if t == 0 or episode[t] != episode[t - 1]: frame, info = env.reset(seed=int(seeds[episode[t]]))
-        after, reward, terminated, truncated, info_after = env.step(int(actions[t]))
-        for k, v in dict(frames=frame, rewards=reward, terminated=terminated, truncated=truncated, life_lost=info_after['life_lost'], ram=info['ram']).items(): rows[k].append(v)
-        frame, info = after, info_after
-    env.close()
-    return Episodes(game, protocol, **{k: np.asarray(v, kinds[k]) for k, v in rows.items()}, actions=np.asarray(actions), episode=np.asarray(episode), seeds=np.asarray(seeds))
+def regenerate(game, protocol, seeds, actions, episode, *, workers=1, frames=None):
+    "The `Episodes` that were played, from seeds int64 [episodes], actions int64 [N] and episode int64 [N]; each segment (seed >= 0) can be played alone."
+    seeds, actions, episode = (np.asarray(x, np.int64) for x in (seeds, actions, episode))
+    require(len(actions) == len(episode) and len(actions) > 0 and len(seeds) and seeds[0] >= 0, 'a replay needs one episode number an action, and a seed for the first episode')
+    starts = np.r_[True, episode[1:] != episode[:-1]]
+    cuts = np.r_[np.searchsorted(episode, np.flatnonzero(seeds >= 0)), len(actions)]
+    shards = [(game, protocol, ReplayPolicy(actions[a:b]), None, seeds[episode[a]:episode[b - 1] + 1], starts[a:b], b - a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    out = _empty(len(actions), frames)
+    return Episodes(game, protocol, seeds=_run_shards(shards, out, workers or os.cpu_count(), f'replaying {game}'), **out)
 
 # %% ../nbs/01_frames.ipynb #store
-def store_episodes(stage, name, episodes):
-    "Save `episodes` under `name` (for example `frames-pong-train`): seeds and actions as an artefact, frames as cache."
-    tree = {k: getattr(episodes, k) for k in ARRAYS if k != 'frames'}
-    stage.save(name, {**tree, 'game': episodes.game, 'protocol': episodes.protocol, 'hash': episodes.hash()})
-    _write_cache(stage, name, episodes.frames)
+def frame_cache(stage, name, steps):
+    "A new memory-mapped uint8 [steps, 84, 84] for the frames of `name`; `store_episodes` puts it into place."
+    path = stage.folder / 'cache' / f'.{name}.{os.getpid()}.npy'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try: return np.lib.format.open_memmap(path, 'w+', np.uint8, (steps, 84, 84))
+    except OSError as e: raise BookError(f'cannot write {path}: {e.strerror}; free {steps * 7056 / 1e9:.1f} GB or choose another run folder') from None
 
-def load_stored(stage, name):
-    "The `Episodes` stored under `name`; frames from the cache, or played again if it is missing. A hash that differs is an error."
+def store_episodes(stage, name, episodes):
+    "Save `episodes` under `name` (for example `frames-pong-train`): seeds and actions as an artefact, frames as cache. Returns them, reading frames from the cache."
+    frames = episodes.frames
+    if not isinstance(frames, np.memmap) or frames.filename is None: frames = frame_cache(stage, name, len(episodes)); frames[:] = episodes.frames
+    frames.flush()
+    tree = {k: getattr(episodes, k) for k in ARRAYS if k != 'frames'}
+    stage.save(name, {**tree, 'game': episodes.game, 'protocol': episodes.protocol, 'hashes': episodes.hashes(), 'ale_py': ale_py.__version__})
+    os.replace(frames.filename, _cache_path(stage, name))
+    return load_stored(stage, name, check=False)
+
+def load_stored(stage, name, check=True):
+    "The `Episodes` stored under `name`; frames from the cache, or played again if they are missing or altered. A hash that differs even then is an error."
     tree = stage.load(name)
     arrays = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in tree.items()}
-    game, protocol, wanted = arrays.pop('game'), arrays.pop('protocol'), arrays.pop('hash')
-    cache = stage.folder / 'cache' / f'{name}.npy'
-    if cache.exists():
-        try: frames = np.load(cache, allow_pickle=False)
-        except (ValueError, OSError): frames = None
-        if frames is not None and hashlib.sha256(frames).hexdigest() == wanted: return Episodes(game, protocol, frames=frames, **arrays)
-        cache.unlink()
-    made = regenerate(game, protocol, arrays['seeds'], arrays['actions'], arrays['episode'])
-    require(made.hash() == wanted, f'the frames of {name} regenerated from seeds and actions differ from those recorded: expected the same ale-py version, run chapter 01_frames again')
-    _write_cache(stage, name, made.frames)
-    return made
+    game, protocol, wanted, version = (arrays.pop(k) for k in ('game', 'protocol', 'hashes', 'ale_py'))
+    path, shape = _cache_path(stage, name), (len(arrays['actions']), 84, 84)
+    if path.exists():
+        try: frames = np.asarray(np.load(path, mmap_mode='c', allow_pickle=False))
+        except (ValueError, OSError): frames = np.empty(0, np.uint8)
+        if frames.shape == shape and frames.dtype == np.uint8:
+            cached = Episodes(game, protocol, frames=frames, **arrays)
+            if not check or cached.hashes() == wanted: return cached
+    made = regenerate(game, protocol, arrays['seeds'], arrays['actions'], arrays['episode'], workers=0, frames=frame_cache(stage, name, shape[0]))
+    wrong = [i for i, (a, b) in enumerate(zip(made.hashes(), wanted, strict=True)) if a != b]
+    if wrong: os.unlink(made.frames.filename)
+    why = 'its seeds or actions were altered, or the machine differs' if version == ale_py.__version__ else f'it was made by ale-py {version}, here is {ale_py.__version__}; install that one'
+    require(not wrong, f'episode {(wrong or [0])[0]} of {name}, played again from its seed and actions, differs from what was recorded ({len(wrong)} of {len(wanted)} do): {why}, or run chapter 01_frames again')
+    made.frames.flush(); os.replace(made.frames.filename, path)
+    return load_stored(stage, name, check=False)
 
-def _write_cache(stage, name, frames):
-    import io
-    buffer = io.BytesIO()
-    np.save(buffer, frames, allow_pickle=False)
-    write_atomic(stage.folder / 'cache' / f'{name}.npy', buffer.getvalue())
+def _cache_path(stage, name): return stage.folder / 'cache' / f'{name}.npy'
 
-def load_episodes(stage, game, split='train'):
-    "Chapter 01's `Episodes` of a game; `split` is `train` or `test` (other seeds, never trained on)."
-    choices('split', split, ('train', 'test'))
-    return load_stored(stage, f'frames-{game}-{split}')
+SPLITS = ('train', 'test', 'reading')
+
+def load_episodes(stage, game, split='train', steps=2_000):
+    """Chapter 01's `Episodes` of a game. `split`: `train`, `test` (other seeds, never trained on) or `reading` (a policy never trained on).
+    A game that the run does not have (any ROM of ale-py by name) is played on the first call: `steps` agent steps of held random play."""
+    choices('split', split, SPLITS)
+    name = f'frames-{game}-{split}'
+    if game not in stage.games and f'{name}.safetensors' not in stage.index():
+        rom_id(game)
+        store_episodes(stage, name, collect(game, ReadingPolicy(game) if split == 'reading' else RandomPolicy(game), steps, derive(stage.seed, split)))
+    return load_stored(stage, name)

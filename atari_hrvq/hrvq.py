@@ -141,7 +141,7 @@ class Tokenizer(Pretrained):
     @torch.no_grad()
     def decode_foreground(self, codes, levels=None, chunk=512):
         "codes uint8 [N, P, L] -> float [N, 84, 84]: what differs from the background, in units of 64 gray levels."
-        return torch.cat([self.decoder(self.embed(c, levels)) for c in codes.split(chunk)])
+        return torch.cat([self.decoder(self.embed(c, levels))[:, 0] for c in codes.split(chunk)])
 
     @torch.no_grad()
     def decode(self, codes, game, levels=None):
@@ -153,7 +153,7 @@ class Tokenizer(Pretrained):
         book = torch.stack([q.codebook for q in self.quantizer.levels]).cpu().numpy()
         return hashlib.sha256(np.ascontiguousarray(book)).hexdigest()[:16]
 
-    def loss(self, frames, after, game):
+    def loss(self, frames, action, game):
         "Joint training on uint8 frames [B, T, 84, 84] of `game` int64 [B]; before the codebooks are started the cells pass unquantised."
         target = self.background(frames[:, -1:], game)[0][:, 0]
         z = self.encoder.cells(target[:, None])
@@ -164,7 +164,7 @@ class Tokenizer(Pretrained):
             extra = out.losses.sum() / scale
             metrics['quantisation'] = (z.detach() - out.quantised.detach().view_as(z)).pow(2).mean() / scale
             z = self._drop_levels(out, z)
-        error = weighted_error(self.decoder(z), target, self.background.weight(target, game))
+        error = weighted_error(self.decoder(z)[:, 0], target, self.background.weight(target, game))
         return 10 * error + extra, {'reconstruction': error, **metrics}
 
     def _drop_levels(self, out, z):

@@ -44,7 +44,7 @@ def wait_for(condition, seconds=90):
 # ------------------------------------------------------------------ mistakes that need no run
 
 @pytest.mark.parametrize('arguments, expected', [
-    (['run', '--profile', 'huge'], "unknown profile 'huge': expected one of smoke, laptop, gpu, paper"),
+    (['run', '--profile', 'huge'], "unknown profile 'huge': expected one of smoke, laptop, overnight, gpu, paper"),
     (['run', '--profile', 'smoke', '--games', 'pong,tetris'], "unknown game 'tetris': expected one of pong, breakout, ms_pacman"),
     (['run', '--profile', 'smoke', '--games', ','], 'no game was given'),
     (['run', '--profile', 'smoke', '--to', '99'], "unknown chapter '99': expected one of 01_frames"),

@@ -3,15 +3,28 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 from atari_hrvq.core import BookError, GAMES, Stage
-from atari_hrvq.frames import LEGAL, RandomPolicy, collect, join_episodes, load_stored, make_env, make_vec_env, regenerate, state_labels, store_episodes
+from atari_hrvq.frames import (LEGAL, RandomPolicy, ReadingPolicy, collect, frame_cache, join_episodes, legal_actions, load_episodes, load_stored, make_env,
+                               make_vec_env, regenerate, screen_positions, state_labels, store_episodes)
 
 
 @pytest.mark.parametrize('game', GAMES)
 @pytest.mark.parametrize('protocol', ['atari100k', 'sticky'])
 def test_frames_regenerate_bit_for_bit(game, protocol):
-    a = collect(game, RandomPolicy(game), 150, 3, protocol)
+    a = collect(game, RandomPolicy(game), 150, 3, protocol, shard=100)
     b = regenerate(game, protocol, a.seeds, a.actions, a.episode)
-    assert a.hash() == b.hash() and (a.rewards == b.rewards).all() and (a.life_lost == b.life_lost).all()
+    assert a.hash() == b.hash() and (a.rewards == b.rewards).all() and (a.life_lost == b.life_lost).all() and (a.ram == b.ram).all()
+
+
+def test_workers_shards_and_whole_games_change_nothing():
+    "Two processes give the bytes of one; episodes that end inside a shard go on without a seed and still regenerate."
+    one, two = (collect('breakout', RandomPolicy('breakout', .9), 900, 4, workers=w, shard=500) for w in (1, 2))
+    assert one.hash() == two.hash() and np.array_equal(one.seeds, two.seeds) and np.array_equal(one.episode, two.episode)
+    assert (one.seeds == -1).any() and (one.seeds >= 0).sum() == 2 and one.terminated.any()
+    again = regenerate('breakout', one.protocol, one.seeds, one.actions, one.episode, workers=2)
+    assert again.hashes() == one.hashes() and np.array_equal(again.seeds, one.seeds)
+    tail = one.episode >= one.episode[500]                                   # the second shard alone
+    alone = regenerate('breakout', one.protocol, one.seeds[one.episode[500]:], one.actions[500:], one.episode[500:] - one.episode[500])
+    assert tail.sum() == 400 and np.array_equal(alone.frames, one.frames[500:])
 
 
 @pytest.mark.parametrize('game', GAMES)
@@ -65,20 +78,54 @@ def test_windows_and_joins_do_not_cross_episodes():
     assert np.array_equal(both.stacks([80])[0], np.stack([b.frames[0]] * 4))
 
 
-def test_changed_actions_are_noticed(tmp_path):
+def test_stored_frames_are_mapped_replayed_and_checked(tmp_path):
     stage = Stage('01_frames', tmp_path, 'smoke', ['breakout'], 0)
-    e = collect('breakout', RandomPolicy('breakout'), 60, 0)
-    store_episodes(stage, 'frames-breakout-train', e)
-    assert np.array_equal(load_stored(stage, 'frames-breakout-train').frames, e.frames)
-    (stage.folder / 'cache' / 'frames-breakout-train.npy').unlink()
-    assert np.array_equal(load_stored(stage, 'frames-breakout-train').frames, e.frames)
-    tree = stage.load('frames-breakout-train'); tree['actions'][:30] = 3; stage.save('frames-breakout-train', tree)
-    (stage.folder / 'cache' / 'frames-breakout-train.npy').unlink()
-    with pytest.raises(BookError, match='frames-breakout-train regenerated'): load_stored(stage, 'frames-breakout-train')
+    frames = frame_cache(stage, 'frames-breakout-train', 500)
+    e = store_episodes(stage, 'frames-breakout-train', collect('breakout', RandomPolicy('breakout'), 500, 0, frames=frames, shard=250))
+    cache = stage.folder / 'cache' / 'frames-breakout-train.npy'
+    assert e.frames.base is not None and isinstance(e.frames.base, np.memmap) and [p.name for p in cache.parent.iterdir()] == [cache.name]
+    whole = e.hash()
+    e.frames[:] = 0                                                          # a private copy: the file stays
+    assert load_stored(stage, 'frames-breakout-train').hash() == whole
+    for damage in (cache.unlink, lambda: cache.write_bytes(b'no array'), lambda: cache.write_bytes(cache.read_bytes()[:-1] + bytes([cache.read_bytes()[-1] ^ 1]))):
+        damage()
+        assert load_stored(stage, 'frames-breakout-train').hash() == whole
+    tree = stage.load('frames-breakout-train'); last = int(tree['episode'][-1])
+    tree['actions'][-40:] = 3; stage.save('frames-breakout-train', tree); cache.unlink()
+    with pytest.raises(BookError, match=f'episode {last} of frames-breakout-train, played again .* differs .*1 of {last + 1} do.: its seeds or actions were altered'): load_stored(stage, 'frames-breakout-train')
+    assert not list(cache.parent.iterdir())
+
+
+def test_another_game_by_name(tmp_path):
+    stage = Stage('01_frames', tmp_path, 'smoke', ['pong'], 0)
+    e = load_episodes(stage, 'freeway', steps=50)
+    assert e.game == 'freeway' and e.frames.shape == (50, 84, 84) and set(e.actions.tolist()) <= set(legal_actions('freeway'))
+    assert load_episodes(stage, 'freeway', steps=999).hash() == e.hash()
+    with pytest.raises(BookError, match='RAM of freeway is not annotated'): state_labels('freeway', e.ram)
+
+
+def test_reading_policy_plays_better_than_chance():
+    for game, margin in (('pong', 5), ('breakout', 3)):
+        good, bad = (collect(game, policy(game), 1500, 0) for policy in (ReadingPolicy, RandomPolicy))
+        assert good.rewards.sum() > bad.rewards.sum() + margin, game
+
+
+def test_positions_on_the_screen_are_where_the_sprites_are():
+    e = collect('pong', RandomPolicy('pong'), 400, 1)
+    labels, names, present = state_labels('pong', e.ram)
+    spots, background = screen_positions('pong', labels), np.median(e.frames, 0)
+    for name in ('ball', 'enemy'):
+        seen = present[:, 0] & present[:, 1] & (np.abs(spots[name] - 42).max(1) < 27) if name == 'ball' else e.ram[:, 50] > 60
+        x, y = np.round(spots[name][seen]).astype(int).T
+        near = np.abs(e.frames[seen].astype(float) - background)
+        hit = np.mean([f[b - 2:b + 3, a - 2:a + 3].max() > 20 for f, a, b in zip(near, x, y, strict=True)])
+        assert seen.sum() > 30 and hit > .95, (name, hit)
 
 
 @pytest.mark.parametrize('call, message', [
-    (lambda: make_env('tetris'), 'unknown game'), (lambda: make_env('pong', 'fast'), 'unknown protocol'),
+    (lambda: make_env('tetriz'), "unknown game 'tetriz'.*did you mean 'tetris'"), (lambda: load_episodes(None, 'pong', 'spring'), 'unknown split'),
+    (lambda: collect('pong', RandomPolicy('pong'), 9, 0, frames=np.zeros((3, 84, 84), np.uint8)), 'to hold 9 steps'), (lambda: regenerate('pong', 'atari100k', [-1], [0], [0]), 'a seed for the first'),
+    (lambda: ReadingPolicy('freeway'), 'no reading policy'), (lambda: make_env('pong', 'fast'), 'unknown protocol'),
     (lambda: make_env('pong').step(17), 'illegal in pong'), (lambda: collect('pong', RandomPolicy('pong'), 0, 0), 'steps must be positive'),
     (lambda: state_labels('pong', np.zeros((2, 64), np.uint8)), 'RAM must have shape')])
 def test_bad_input(call, message):

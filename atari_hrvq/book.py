@@ -15,9 +15,9 @@ from .core import (BookError, GAMES, PROFILES, choices, file_hash, parse_games, 
 __all__ = ['STAGES', 'BENCHES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure',
            'stage_key', 'stage_keys', 'upstream', 'clock', 'Watch', 'end_processes', 'hardware', 'versions',
            'made_files', 'check_files', 'locked', 'busy', 'StageFailed', 'logged_kernel', 'execute', 'run_chain',
-           'kernel_environment', 'median_seconds', 'bench_row', 'bench_quantizer', 'bench_dream', 'bench_frames',
-           'matmul_rate', 'bench_encoder', 'store_outputs', 'status_table', 'read_claims', 'Parser', 'parser',
-           'command_run', 'command_status', 'command_claims', 'command_bench', 'command_outputs', 'main']
+           'kernel_environment', 'store_outputs', 'ship', 'model_card', 'module_of', 'status_table', 'read_claims',
+           'Parser', 'parser', 'command_run', 'command_status', 'command_claims', 'command_bench', 'command_outputs',
+           'command_ship', 'main']
 
 # %% ../nbs/91_book.ipynb #stages
 class StageSpec(NamedTuple):
@@ -316,114 +316,6 @@ def _run(root, folder, parameters, stages, a, forced, out):
     print(f'all in {clock(time.time() - began)} now ({clock(total)} of work in this run), peak memory {max((x.get("peak_mb", 0) for x in done.values()), default=0)} MB', file=out, flush=True)
     return manifest
 
-# %% ../nbs/91_book.ipynb #bench
-def median_seconds(f, rounds=7, warm=2):
-    "Median wall time of `f()` over `rounds`, after `warm` calls."
-    times = []
-    for i in range(rounds + warm):
-        t = time.perf_counter(); f(); times.append(time.perf_counter() - t)
-    return sorted(times[warm:])[rounds // 2]
-
-def bench_row(name, value, unit, floor_ratio=None, peer=None, peer_ratio=None):
-    return {'name': name, 'value': value, 'unit': unit, 'floor_ratio': floor_ratio, 'peer': peer, 'peer_ratio': peer_ratio}
-
-def bench_quantizer(N=65_536):
-    "Encode and EMA step of the residual quantizer against three distance products and vector-quantize-pytorch."
-    import torch
-    from atari_hrvq.hrvq import ResidualVQ
-    rows = []
-    for D in (128, 384):
-        torch.manual_seed(0)
-        x, q, book = torch.randn(N, D), ResidualVQ(D), torch.randn(256, D)
-        q.start(x[:8192])
-        def floor():
-            for _ in range(3): x @ book.T
-        with torch.no_grad():
-            base, encode, step = median_seconds(floor), median_seconds(lambda: q.eval().encode(x)), median_seconds(lambda: q.train()(x), 5, 1)
-            peer = {}
-            with contextlib.suppress(ImportError):
-                from vector_quantize_pytorch import ResidualVQ as Peer
-                other = Peer(dim=D, codebook_size=256, num_quantizers=3)
-                peer = {'encode': median_seconds(lambda: other.eval()(x), 5, 1), 'train': median_seconds(lambda: other.train()(x), 5, 1)}
-        for kind, t in (('encode', encode), ('train', step)):
-            rows.append(bench_row(f'quantizer {kind} width {D}', N / t, 'vectors/s', t / base, 'vector-quantize-pytorch' if peer else None, peer[kind] / t if peer else None))
-    return rows
-
-def bench_dream():
-    "One imagined step of the default world model; the floor is reading its active weights once, or multiplying by them, whichever is longer."
-    import torch
-    from atari_hrvq.moe import active_parameters
-    from atari_hrvq.world import WorldConfig, WorldModel
-    torch.manual_seed(0)
-    world, rows = WorldModel(WorldConfig()).eval(), []
-    weights, big, square = active_parameters(world), torch.randn(8_000_000), torch.randn(1024, 1024)
-    bandwidth = big.numel() * 4 / median_seconds(lambda: big.sum())
-    flops = 2 * 1024 ** 3 / median_seconds(lambda: square @ square)
-    for B in (1, 64, 1024):
-        codes, game = torch.randint(0, 256, (B, 9, 9, 3)), torch.zeros(B, dtype=torch.long)
-        cache, action = world.start(codes, torch.zeros(B, 8, dtype=torch.long), game, 80), torch.zeros(B, dtype=torch.long)
-        t = median_seconds(lambda: world.step(cache, action), *((15, 3) if B < 1000 else (5, 1)))
-        floor = max(4 * weights / bandwidth, 2 * weights * B / flops)
-        rows.append(bench_row(f'dream step batch {B}', 1000 * t, 'ms', t / floor))
-    return rows
-
-def bench_frames(steps=10_000):
-    "Agent steps a second of `collect` (frames, RAM and hashable episodes kept) against ale-py's own vector environment, both on every core."
-    import ale_py, numpy as np
-    from atari_hrvq.frames import RandomPolicy, collect
-    from atari_hrvq.core import GAMES
-    cores, rows = os.cpu_count(), []
-    for game in GAMES:
-        policy = RandomPolicy(game)
-        ours = lambda: collect(game, policy, steps, 0, workers=cores, shard=-(-steps // cores))
-        envs = ale_py.AtariVectorEnv(game, num_envs=4 * cores, num_threads=cores, frameskip=4, full_action_space=True, reward_clipping=False, use_fire_reset=False)
-        envs.reset(seed=0)
-        legal, rng = np.array(policy.legal), np.random.default_rng(0)
-        def peer():
-            for _ in range(steps // (4 * cores)): envs.step(rng.choice(legal, 4 * cores))
-        times = [(median_seconds(ours, 1, i == 0), median_seconds(peer, 1, i == 0)) for i in range(3)]      # in turns, so that both see the same machine
-        t, p = (sorted(x)[1] for x in zip(*times))
-        envs.close()
-        rows.append(bench_row(f'collect {game}, {cores} processes', steps / t, 'agent steps/s', None, f'ale-py AtariVectorEnv, {cores} threads', p / t))
-    return rows
-
-def matmul_rate(n=2048):
-    "Floating-point operations a second of a square fp32 matrix product, what this machine can do at best here."
-    import torch
-    from atari_hrvq.core import best_device
-    a = torch.randn(n, n, device=best_device())
-    def f():
-        a @ a
-        if a.is_cuda: torch.cuda.synchronize()
-    return 2 * n ** 3 / median_seconds(f)
-
-def bench_encoder(N=96):
-    "Frames a second through chapter 02's encoder, forward and in a training step, with the share of the machine's matmul rate that this is."
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-    from atari_hrvq.core import FitConfig, best_device, make_adamw
-    from atari_hrvq.encoder import EncoderConfig, EncoderTraining
-    device, rows = best_device(), []
-    frames = torch.randint(0, 256, (2, N // 2, 5, 84, 84), dtype=torch.uint8, device=device)
-    training, game = EncoderTraining(EncoderConfig()).to(device), torch.arange(N // 2, device=device) % 3
-    action = game % 2
-    opt = make_adamw(training, FitConfig(1))
-    def sync():
-        if device.type == 'cuda': torch.cuda.synchronize()
-    def forward():
-        with torch.no_grad(): training.encoder(frames[:, :, 1:].flatten(0, 1), game.repeat(2))
-        sync()
-    def step():
-        opt.zero_grad(); training.loss(frames[0], action, game)[0].backward(); opt.step(); sync()
-    rate = matmul_rate()
-    for name, f, n in (('encoder forward', forward, N), ('encoder training step', step, N)):
-        with FlopCounterMode(display=False) as count: f()
-        t = median_seconds(f)
-        rows.append(bench_row(name, n / t, 'frames/s', rate * t / count.get_total_flops(), f'{count.get_total_flops() / n / 1e6:.0f} MFLOP a frame, {count.get_total_flops() / t / rate:.0%} of the matmul rate', None))
-    return rows
-
-BENCHES = {'quantizer': bench_quantizer, 'dream': bench_dream, 'frames': bench_frames, 'encoder': bench_encoder}
-
 # %% ../nbs/91_book.ipynb #outputs
 def store_outputs(run, limit=200_000, out=sys.stderr):
     "Copy the outputs of a run's executed notebooks into `nbs/`, at most `limit` bytes a notebook (the largest pictures go first)."
@@ -452,6 +344,51 @@ def _plain(o):
     if 'text/html' in o.get('data', {}): o['data'] = {k: v for k, v in o['data'].items() if not k.startswith('application/vnd.jupyter.widget')}    # the page twin needs no kernel
     return o
 
+# %% ../nbs/91_book.ipynb #ship
+def ship(run, name, to='pretrained', out=sys.stdout):
+    "Copy the model `name` of a run to `to/name/` with the metrics of the chapter that made it and a card; returns the folder."
+    run, index, manifest = Path(run), read_json(Path(run) / 'artifacts' / 'index.json', {}), read_json(Path(run) / 'manifest.json', {})
+    files = [f for f in index if f.startswith(f'{name}/')]
+    models = sorted({f.split('/')[0] for f in index if f.endswith('/config.json')})
+    require(files, f'{run} holds no model {name!r}: expected one of {", ".join(models) or "those that a finished chapter saved"}')
+    chapter = index[files[0]]['chapter']
+    require(manifest.get('stages', {}).get(chapter, {}).get('state') == 'done', f'chapter {chapter}, which makes {name}, is not finished in {run}: run it to its end first')
+    check_files(run, chapter, manifest['stages'][chapter]['files'])
+    folder = Path(to) / name
+    for f in files:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(to) / f, (run / 'artifacts' / f).read_bytes())
+    write_atomic(folder / 'metrics.jsonl', (run / 'metrics' / f'{chapter}.jsonl').read_bytes())
+    write_atomic(folder / 'README.md', model_card(run, name, chapter, manifest))
+    print(f'{name} of {run}: {sum((Path(to) / f).stat().st_size for f in files) / 1e6:.1f} MB in {folder}', file=out)
+    return folder
+
+def model_card(run, name, chapter, manifest):
+    "Markdown: how to load a model, where it comes from, what its chapter measured."
+    from atari_hrvq.core import Table
+    rows = [json.loads(line) for line in (run / 'metrics' / f'{chapter}.jsonl').read_text().splitlines()]
+    config, made, machine = read_json(run / 'artifacts' / name / 'config.json'), read_json(run / 'run.json'), manifest.get('hardware', {})
+    number = lambda r, k: f'{r[k]:.4g}' if r.get(k) is not None else ''
+    figures = [{'figure': r['name'], 'game': r.get('game', 'all'), 'value': number(r, 'value'), 'interval': f'{number(r, "lo")} to {number(r, "hi")}' if 'lo' in r else '', 'null': number(r, 'null'), 'frames': r.get('frames'), 'note': r.get('note')}
+               for r in rows if 'name' in r]
+    return f"""# {name}
+
+    from atari_hrvq.{module_of(config['class'])} import {config['class']}
+    model = {config['class']}.from_pretrained('pretrained/{name}')
+
+Made by chapter `{chapter}` at profile `{made['profile']}`, games {', '.join(made['games'])}, seed {made['seed']} (one seed), in {clock(manifest['stages'][chapter]['seconds'])} on
+{machine.get('cpu')}, {machine.get('cores')} cores, GPU: {machine.get('gpu') or 'none'}; torch {manifest.get('versions', {}).get('torch')}, ale-py {manifest.get('versions', {}).get('ale-py')}.
+Weights and configuration load without pickle. `metrics.jsonl` holds every figure and learning curve of the chapter; those below are what the same run measured, on held-out episodes.
+
+{Table(figures)._repr_markdown_()}
+"""
+
+def module_of(name):
+    "The module of this package that defines the class `name`."
+    for path in sorted(Path(atari_hrvq.__file__).parent.glob('*.py')):
+        if f'class {name}(' in path.read_text(): return path.stem
+    raise BookError(f'no module of this package defines {name}: expected a class that a chapter exports')
+
 # %% ../nbs/91_book.ipynb #status
 def status_table(run):
     "A `Table` of a run's stages: state, key, time, memory."
@@ -469,6 +406,8 @@ def read_claims(run):
     return table
 
 # %% ../nbs/91_book.ipynb #parser
+BENCHES = ('frames', 'encoder', 'quantizer', 'dream')
+
 class Parser(argparse.ArgumentParser):
     "An `ArgumentParser` whose mistakes are `BookError`s."
     def error(self, message): raise BookError(f'{message}: see {self.prog} --help')
@@ -488,12 +427,15 @@ def parser():
     c = sub.add_parser('claims', help='the ledger of a run'); c.add_argument('run', help='the run folder'); c.add_argument('--json', action='store_true', help='as JSON')
     b = sub.add_parser('bench', help='measure speed'); b.add_argument('name', nargs='?', help=f'one of {", ".join(BENCHES)} (default: all)'); b.add_argument('--json', metavar='FILE', help='also write the rows there')
     o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
+    w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, world or agent')
+    w.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)'); w.add_argument('--to', default='pretrained', help='default: %(default)s')
     return p
 
 # %% ../nbs/91_book.ipynb #commands
 def command_run(a):
     run_chain(a.run, a.profile, a.games, a.seed, a.first, a.last)
-    if not a.last or find_stage(a.last) >= '12_claims':
+    names = [s.name for s in STAGES]
+    if not a.last or names.index(find_stage(a.last)) >= names.index('12_claims'):
         from atari_hrvq.claims import show_claims
         print(show_claims(read_claims(a.run)))
     print(f'executed notebooks: {Path(a.run) / "notebooks"}')
@@ -506,14 +448,17 @@ def command_claims(a):
     print(json.dumps(table, indent=1) if a.json else show_claims(table))
 
 def command_bench(a):
-    from atari_hrvq.core import Table
-    if a.name: choices('benchmark', a.name, list(BENCHES))
+    if a.name: choices('benchmark', a.name, BENCHES)
     os.environ['IN_TEST'] = '1'                                   # no progress bars inside what is timed
-    rows = [row for name in ([a.name] if a.name else BENCHES) for row in BENCHES[name]()]
+    from atari_hrvq import bench
+    from atari_hrvq.core import Table
+    rows = [row for name in ([a.name] if a.name else BENCHES) for row in bench.BENCHES[name]()]
     if a.json: write_json(a.json, rows)
     print(Table(rows, digits=2))
 
 def command_outputs(a): store_outputs(a.run)
+
+def command_ship(a): ship(a.run, a.name, a.to)
 
 # %% ../nbs/91_book.ipynb #main
 def main(arguments=None):

@@ -52,7 +52,8 @@ def from_folder(folder):
 def hub_reachable(timeout=3):
     "Whether one request to the Hub is answered within `timeout` seconds; the Hub's own client would try for much longer."
     if os.environ.get('HF_HUB_OFFLINE', '').lower() in ('1', 'true', 'yes', 'on'): return False
-    url = f'{os.environ.get("HF_ENDPOINT") or "https://huggingface.co"}/{HUB_ID}/resolve/main/config.json'
+    from huggingface_hub import constants
+    url = f'{constants.ENDPOINT}/{HUB_ID}/resolve/main/config.json'
     try: urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=timeout).close()
     except (OSError, ValueError, http.client.HTTPException): return False
     return True

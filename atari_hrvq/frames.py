@@ -8,7 +8,7 @@ import copy, difflib, hashlib, os
 from dataclasses import dataclass
 import ale_py, cv2
 import gymnasium as gym
-import joblib
+import joblib, psutil
 import numpy as np
 import torch
 from ale_py import roms
@@ -326,11 +326,19 @@ def regenerate(game, protocol, seeds, actions, episode, *, workers=1, frames=Non
 
 # %% ../nbs/01_frames.ipynb #store
 def frame_cache(stage, name, steps):
-    "A new memory-mapped uint8 [steps, 84, 84] for the frames of `name`; `store_episodes` puts it into place."
-    path = stage.folder / 'cache' / f'.{name}.{os.getpid()}.npy'
+    "A new memory-mapped uint8 [steps, 84, 84] for the frames of `name`, its space on the disk reserved; `store_episodes` puts it into place."
+    path = _cache_path(stage, name).with_name(f'.{name}.{os.getpid()}.npy')
     path.parent.mkdir(parents=True, exist_ok=True)
-    try: return np.lib.format.open_memmap(path, 'w+', np.uint8, (steps, 84, 84))
-    except OSError as e: raise BookError(f'cannot write {path}: {e.strerror}; free {steps * 7056 / 1e9:.1f} GB or choose another run folder') from None
+    for left in path.parent.glob(f'.{name}.*.npy'):                                       # of a process that was killed
+        if left != path and not psutil.pid_exists(int(left.name.split('.')[-2])): left.unlink()
+    try:
+        frames = np.lib.format.open_memmap(path, 'w+', np.uint8, (steps, 84, 84))
+        if hasattr(os, 'posix_fallocate'):                                                 # a full disk is an error now, not a crash later
+            with open(path, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+        return frames
+    except OSError as e:
+        path.unlink(missing_ok=True)
+        raise BookError(f'cannot write {path}: {e.strerror}; free {steps * 7056 / 1e9:.2f} GB or choose another run folder') from None
 
 def store_episodes(stage, name, episodes):
     "Save `episodes` under `name` (for example `frames-pong-train`): seeds and actions as an artefact, frames as cache. Returns them, reading frames from the cache."

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+import torch
 from conftest import BIN, ENV, ROOT
 from atari_hrvq import book
 from atari_hrvq.claims import CLAIMS, ledger
@@ -53,7 +54,7 @@ def wait_for(condition, seconds=90):
     (['run', '--profile', 'smoke', '--seed', 'x'], 'invalid int value'),
     (['run', '--profile', 'smoke', '--seed', '-1'], 'is not a whole number from 0 on'),
     (['run', '--colour', 'red'], 'unrecognized arguments: --colour red'),
-    (['bench', 'luck'], "unknown benchmark 'luck': expected one of quantizer, dream, frames"),
+    (['bench', 'luck'], "unknown benchmark 'luck': expected one of frames, encoder, quantizer, dream"),
     (['dance'], 'invalid choice'), ([], 'required')])
 def test_mistakes_on_the_command_line(arguments, expected, tmp_path, capsys):
     if arguments[:1] == ['run'] and '--colour' not in arguments: arguments = [*arguments, '--run', tmp_path / 'r']
@@ -95,7 +96,7 @@ def test_disk_full_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
     assert (tmp_path / 'manifest.json').read_bytes() == before and not list(tmp_path.rglob('*.tmp'))
 
 
-@pytest.mark.parametrize('command', [[], ['run'], ['status'], ['claims'], ['bench'], ['outputs']])
+@pytest.mark.parametrize('command', [[], ['run'], ['status'], ['claims'], ['bench'], ['outputs'], ['ship']])
 def test_help_everywhere(command, capsys):
     with pytest.raises(SystemExit) as e: book.main([*command, '--help'])
     assert e.value.code == 0 and 'usage: atari-hrvq' in capsys.readouterr().out
@@ -317,3 +318,14 @@ def test_outputs_are_copied_clean(smoke, tmp_path, monkeypatch):
 
 def test_book_error_is_the_one_of_core():
     with pytest.raises(BookError): book.find_stage('nothing')
+
+
+def test_ship_copies_weights_with_a_card_of_measured_figures(smoke, tmp_path, capsys):
+    from atari_hrvq.encoder import Encoder
+    assert book.main(['ship', 'encoder', '--run', str(smoke), '--to', str(tmp_path)]) == 0
+    there, here = (Encoder.from_pretrained(f).state_dict() for f in (smoke / 'artifacts' / 'encoder', tmp_path / 'encoder'))
+    assert all(torch.equal(v, here[k]) for k, v in there.items())
+    card = (tmp_path / 'encoder' / 'README.md').read_text()
+    row = next(r for r in map(json.loads, (tmp_path / 'encoder' / 'metrics.jsonl').read_text().splitlines()) if r.get('name') == 'diversity')
+    assert f'| diversity | all | {row["value"]:.4g} |' in card and 'from atari_hrvq.encoder import Encoder' in card and 'profile `smoke`' in card
+    sentence(capsys, ['ship', 'crown', '--run', smoke], "holds no model 'crown': expected one of agent")

@@ -120,7 +120,7 @@ def test_offline_asks_nobody(monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setattr(foundation.urllib.request, 'urlopen', lambda *a, **k: pytest.fail('a request was sent'))
     assert not foundation.hub_reachable()
-    monkeypatch.delenv('HF_HUB_OFFLINE'); monkeypatch.setenv('HF_ENDPOINT', 'not an address')
+    monkeypatch.delenv('HF_HUB_OFFLINE'); monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "not an address")
     assert not foundation.hub_reachable()
 
 

@@ -96,6 +96,23 @@ def test_stored_frames_are_mapped_replayed_and_checked(tmp_path):
     assert not list(cache.parent.iterdir())
 
 
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    import errno, os
+    stage = Stage('01_frames', tmp_path, 'smoke', ['pong'], 0)
+    def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, 'posix_fallocate', full, raising=False)
+    with pytest.raises(BookError, match=r'cannot write .*No space left on device; free 0.07 GB'): frame_cache(stage, 'frames-pong-train', 10_000)
+    assert not list((tmp_path / 'cache').iterdir())
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    stage = Stage('01_frames', tmp_path, 'smoke', ['pong'], 0)
+    (tmp_path / 'cache').mkdir()
+    (tmp_path / 'cache' / '.frames-pong-train.999999999.npy').write_bytes(b'')
+    frame_cache(stage, 'frames-pong-train', 3)
+    assert len(list((tmp_path / 'cache').iterdir())) == 1
+
+
 def test_another_game_by_name(tmp_path):
     stage = Stage('01_frames', tmp_path, 'smoke', ['pong'], 0)
     e = load_episodes(stage, 'freeway', steps=50)

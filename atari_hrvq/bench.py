@@ -17,8 +17,8 @@ from .moe import active_parameters
 from .world import WorldConfig, WorldModel
 
 # %% auto #0
-__all__ = ['BENCHES', 'median_seconds', 'bench_row', 'matmul_rate', 'bench_frames', 'bench_encoder', 'bench_quantizer',
-           'bench_dream']
+__all__ = ['BENCHES', 'median_seconds', 'in_turns', 'bench_row', 'matmul_rate', 'bench_frames', 'bench_encoder',
+           'bench_quantizer', 'bench_dream']
 
 # %% ../nbs/13_bench.ipynb #median
 def median_seconds(f, rounds=7, warm=2):
@@ -29,6 +29,13 @@ def median_seconds(f, rounds=7, warm=2):
         if torch.cuda.is_available(): torch.cuda.synchronize()
         times.append(time.perf_counter() - t)
     return sorted(times[warm:])[rounds // 2]
+
+def in_turns(calls, rounds=7):
+    "`{name: median seconds}` of the functions in `calls`, called in turns so that all of them see the same machine."
+    times = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, f in calls.items(): times[name].append(median_seconds(f, 1, i == 0))
+    return {name: sorted(t[1:])[rounds // 2] for name, t in times.items()}
 
 def bench_row(name, value, unit, floor_ratio=None, peer=None, peer_ratio=None):
     "One measurement: `floor_ratio` times slower than the floor, `peer_ratio` times faster than `peer`."
@@ -51,8 +58,7 @@ def bench_frames(steps=10_000):
         envs.reset(seed=0)
         def peer():
             for _ in range(steps // (4 * cores)): envs.step(rng.choice(np.array(policy.legal), 4 * cores))
-        times = [(median_seconds(ours, 1, i == 0), median_seconds(peer, 1, i == 0)) for i in range(3)]      # in turns, so that both see the same machine
-        t, p = (sorted(x)[1] for x in zip(*times))
+        t, p = in_turns({'ours': ours, 'peer': peer}, 3).values()
         envs.close()
         rows.append(bench_row(f'collect {game}, {cores} processes', steps / t, 'agent steps/s', None, f'ale-py AtariVectorEnv, {cores} threads', p / t))
     kept = sum(x.nbytes for x in vars(made[-1]).values() if isinstance(x, np.ndarray))
@@ -72,7 +78,7 @@ def bench_encoder(N=96):
     for name, f in (('forward', forward), ('training step', step)):
         with FlopCounterMode(display=False) as count: f()
         t, work = median_seconds(f), count.get_total_flops()
-        rows.append(bench_row(f'encoder {name}, {work / N / 1e6:.0f} MFLOP a frame', N / t, 'frames/s', rate * t / work))
+        rows.append(bench_row(f'encoder {name}, {work / N / 1e6:.0f} MFLOP a frame', N / t, 'frames/s', rate * t / work, f'{work / t / rate:.0%} of the matmul rate'))
     return rows
 
 # %% ../nbs/13_bench.ipynb #quantizer
@@ -85,15 +91,15 @@ def bench_quantizer(N=65_536):
         q.start(x[:8192])
         def floor():
             for _ in range(3): x @ book.T
-        with torch.no_grad():
-            base, encode, step = median_seconds(floor), median_seconds(lambda: q.eval().encode(x)), median_seconds(lambda: q.train()(x), 5, 1)
-            peer = {}
-            with contextlib.suppress(ImportError):
-                from vector_quantize_pytorch import ResidualVQ as Peer
-                other = Peer(dim=D, codebook_size=256, num_quantizers=3)
-                peer = {'encode': median_seconds(lambda: other.eval()(x), 5, 1), 'train': median_seconds(lambda: other.train()(x), 5, 1)}
-        for kind, t in (('encode', encode), ('train', step)):
-            rows.append(bench_row(f'quantizer {kind} width {D}', N / t, 'vectors/s', t / base, 'vector-quantize-pytorch' if peer else None, peer[kind] / t if peer else None))
+        calls = {'floor': floor, 'encode': lambda: q.eval().encode(x), 'train': lambda: q.train()(x)}
+        with contextlib.suppress(ImportError):
+            from vector_quantize_pytorch import ResidualVQ as Peer
+            other = Peer(dim=D, codebook_size=256, num_quantizers=3)
+            calls |= {'peer encode': lambda: other.eval()(x), 'peer train': lambda: other.train()(x)}
+        with torch.no_grad(): t = in_turns(calls)
+        for kind in ('encode', 'train'):
+            peer = t.get(f'peer {kind}')
+            rows.append(bench_row(f'quantizer {kind} width {D}', N / t[kind], 'vectors/s', t[kind] / t['floor'], peer and 'vector-quantize-pytorch', peer and peer / t[kind]))
     return rows
 
 # %% ../nbs/13_bench.ipynb #dream

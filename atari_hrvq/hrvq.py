@@ -6,62 +6,45 @@
 from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
 from .core import FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, progress, require, rng_for, seed_all
 from .encoder import CellDecoder, Encoder, EncoderConfig, check_frames, frame_batches, state_fidelity, weighted_error
 from .frames import load_episodes, state_labels
-from .vq import VectorQuantizer, assign, usage
+from .vq import VectorQuantizer, assign, residual_pass, start_levels, usage
 
 # %% auto #0
-__all__ = ['BALL_BOX', 'ResidualQuantised', 'ResidualVQ', 'q_detached', 'TokenizerConfig', 'Tokenizer', 'start_codebooks',
-           'ball_position', 'ball_recall']
+__all__ = ['BALL_BOX', 'ResidualVQ', 'TokenizerConfig', 'Tokenizer', 'start_codebooks', 'ball_position', 'ball_recall']
 
 # %% ../nbs/04_hrvq.ipynb #rvq
-class ResidualQuantised(NamedTuple):
-    quantised: torch.Tensor    # [N, D]; gradient goes straight through to the input
-    codes: torch.Tensor        # uint8 [N, L]
-    losses: torch.Tensor       # [L]: commitment of each level, with its cost
-    revived: list              # dead codes replaced, per level
-
 class ResidualVQ(nn.Module):
     """`levels` codebooks of `codes` vectors, each on the detached residual of the one before (SoundStream, Zeghidour et al., 2021).
 
-    `commitment`: one cost a level. `forward(x [N, D]) -> ResidualQuantised`, `encode(x) -> codes uint8 [N, L]`,
-    `decode(codes, levels=None) -> [..., D]` from the first `levels` levels."""
-    def __init__(self, dim, levels=3, codes=256, commitment=(.05, .25, .60), decay=.98):
+    `commitment`: one cost a level; `rotate`: the rotation trick. `forward(x [N, D]) -> Quantised` (codes uint8 [N, L]),
+    `encode(x) -> codes uint8 [N, L]`, `decode(codes, levels=None) -> [..., D]` from the first `levels` levels."""
+    def __init__(self, dim, levels=3, codes=256, commitment=(.05, .25, .60), decay=.98, rotate=False):
         super().__init__()
         require(len(commitment) == levels, f'commitment needs one cost a level: {levels} levels, {len(commitment)} costs')
         require(2 <= codes <= 256, f'codes are stored as uint8: expected 2 to 256, got {codes}')
         self.dim, self.codes = dim, codes
-        self.levels = nn.ModuleList(VectorQuantizer(dim, codes, decay, c) for c in commitment)
+        self.levels = nn.ModuleList(VectorQuantizer(dim, codes, decay, c, rotate=rotate, seed=l) for l, c in enumerate(commitment))
 
     @property
     def started(self): return bool(self.levels[-1].started)
 
-    @torch.no_grad()
     def start(self, x):
         "k-means, level by level on the residuals of `x` [N, D]."
-        residual = x.float()
-        for q in self.levels:
-            q.start(residual)
-            residual = residual - q.codebook[assign(residual, q.codebook)]
+        start_levels(list(self.levels), x)
 
     fit = start
 
     def forward(self, x):
-        residual, quantised, codes, losses, revived = x.float(), 0., [], [], []
-        for q in self.levels:
-            out = q(residual)
-            level = q_detached(out, residual)
-            quantised, residual = quantised + level, residual - level
-            codes.append(out.codes.to(torch.uint8)); losses.append(out.loss); revived.append(out.revived)
-        return ResidualQuantised(x + (quantised - x).detach(), torch.stack(codes, 1), torch.stack(losses), revived)
+        out = residual_pass(list(self.levels), x)
+        return out._replace(codes=out.codes.to(torch.uint8))
 
     @torch.no_grad()
-    def encode(self, x, chunk=8192):
+    def encode(self, x, chunk=2048):
         "uint8 [N, L]; a chunk stays in cache through all levels and nothing is updated."
         x = self.levels[0].check(x)
         require(self.started, 'the codebooks were never started: train the quantizer, or load weights')
@@ -82,10 +65,6 @@ class ResidualVQ(nn.Module):
         out = torch.zeros(*codes.shape[:-1], self.dim, device=codes.device)
         for l in range(n): out = out + self.levels[l].decode(codes[..., l])
         return out
-
-def q_detached(out, residual):
-    "The code vectors of a `Quantised` without any gradient (its own carries the straight-through one)."
-    return (out.quantised - residual).detach() + residual.detach()
 
 # %% ../nbs/04_hrvq.ipynb #config
 @dataclass

@@ -4,13 +4,16 @@
 
 # %% ../nbs/03_vq.ipynb #imports
 from __future__ import annotations
+import contextlib, warnings
 from typing import NamedTuple
 import torch
+import torch.distributed as dist
 from torch import nn
 from .core import BookError, require
 
 # %% auto #0
-__all__ = ['assign', 'kmeans', 'Quantised', 'VectorQuantizer', 'usage']
+__all__ = ['assign', 'kmeans', 'Pass', 'rotate_back', 'Quantised', 'VectorQuantizer', 'over_processes', 'from_first',
+           'residual_pass', 'start_levels', 'usage']
 
 # %% ../nbs/03_vq.ipynb #assign
 def assign(x_ND, codebook_KD, chunk=8192):
@@ -21,86 +24,180 @@ def assign(x_ND, codebook_KD, chunk=8192):
 
 # %% ../nbs/03_vq.ipynb #kmeans
 @torch.no_grad()
-def kmeans(x_ND, codes, iterations=10):
-    "`(codebook [K, D], count float [K])`: Lloyd's algorithm from random rows; an empty cluster restarts at a random row. Draws from torch's global generator."
+def kmeans(x_ND, codes, iterations=10, generator=None):
+    "`(codebook [K, D], count float [K])`: Lloyd's algorithm from random rows; an empty cluster restarts at a random row. Draws from `generator` (CPU)."
     N = len(x_ND)
     require(N >= codes, f'k-means needs at least {codes} vectors, got {N}')
-    book = x_ND[torch.randperm(N)[:codes].to(x_ND.device)].clone()
+    book = x_ND[torch.randperm(N, generator=generator)[:codes].to(x_ND.device)].clone()
     for i in range(iterations + 1):
         a = assign(x_ND, book)
         count = torch.bincount(a, minlength=codes).to(x_ND.dtype)
         if i == iterations: break
         total = torch.zeros_like(book).index_add_(0, a, x_ND)
-        other = x_ND[torch.randint(N, (codes,)).to(x_ND.device)]
+        other = x_ND[torch.randint(N, (codes,), generator=generator).to(x_ND.device)]
         book = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], other)
     return book, count
 
+# %% ../nbs/03_vq.ipynb #pass
+class Pass(torch.autograd.Function):
+    """x float [N, D] through L codebooks (a list of [K, D]), each on the residual of the one before, `chunk` rows at a time.
+
+    Returns quantised [N, D], codes int64 [N, L], losses [L] (`costs[l]` times the mean squared error after level l),
+    error [N, L] (squared distance after level l), counts [L, K] and sums [L, K, D] of what each code won (zeros unless `sums`).
+    Backward: the gradient of `quantised` straight through or rotated, plus 2 sum_l costs[l] r_{l+1} / (N D)."""
+    @staticmethod
+    def forward(ctx, x, books, costs, rotate, sums, chunk):
+        (N, D), L, K = x.shape, len(books), len(books[0])
+        quantised, codes, error = torch.empty_like(x), torch.empty(N, L, dtype=torch.long, device=x.device), x.new_empty(N, L)
+        counts, totals = x.new_zeros(L, K), x.new_zeros((L, K, D) if sums else (0,))
+        norms = [b.pow(2).sum(1) for b in books]
+        for i in range(0, N, chunk):
+            r, q = x[i:i + chunk], 0.
+            for l, book in enumerate(books):
+                a = torch.addmm(norms[l], r, book.t(), alpha=-2).min(1).indices
+                if sums: counts[l] += torch.bincount(a, minlength=K); totals[l].index_add_(0, a, r)
+                e = book[a]
+                r, q = r - e, q + e
+                codes[i:i + chunk, l], error[i:i + chunk, l] = a, r.pow(2).sum(1)
+            quantised[i:i + chunk] = q
+        ctx.save_for_backward(x, codes)
+        ctx.books, ctx.costs, ctx.rotate, ctx.chunk = [b.clone() for b in books] if ctx.needs_input_grad[0] else None, costs, rotate, chunk       # the averages change the books before backward
+        losses = error.sum(0) * error.new_tensor(costs) / (N * D)
+        ctx.mark_non_differentiable(codes, error, counts, totals)
+        return quantised, codes, losses, error, counts, totals
+
+    @staticmethod
+    def backward(ctx, g_quantised, _codes, g_losses, *_):
+        x, codes = ctx.saved_tensors
+        grad, scale = torch.empty_like(x), [2 * c / x.numel() * float(g) for c, g in zip(ctx.costs, g_losses, strict=True)]
+        for i in range(0, len(x), ctx.chunk):
+            part, g, q = x[i:i + ctx.chunk], g_quantised[i:i + ctx.chunk], 0.
+            held = 0.
+            for l, book in enumerate(ctx.books):
+                q = q + book[codes[i:i + ctx.chunk, l]]
+                held = held + scale[l] * (part - q)
+            grad[i:i + ctx.chunk] = (rotate_back(part, q, g) if ctx.rotate else g) + held
+        return grad, None, None, None, None, None
+
+def rotate_back(x, q, g):
+    "The gradient `g` [n, D] at `q`, carried back to `x` by the transpose of the rotation and scaling that takes x to q."
+    nx, nq = (v.norm(dim=1, keepdim=True).clamp(min=1e-6) for v in (x, q))
+    xh, qh = x / nx, q / nq
+    r = torch.nn.functional.normalize(xh + qh, dim=1)
+    return nq / nx * (g - 2 * r * (r * g).sum(1, keepdim=True) + 2 * xh * (qh * g).sum(1, keepdim=True))
+
 # %% ../nbs/03_vq.ipynb #quantizer
 class Quantised(NamedTuple):
-    quantised: torch.Tensor    # [N, D]; gradient goes straight through to the input
-    codes: torch.Tensor        # int64 [N]
-    loss: torch.Tensor         # scalar: commitment cost times mean squared distance
-    revived: int               # dead codes replaced in this call
+    quantised: torch.Tensor    # [N, D]; its gradient goes to the input
+    codes: torch.Tensor        # int64 [N, L]
+    losses: torch.Tensor       # [L]: commitment cost times mean squared distance after each level
+    revived: list              # dead codes replaced in this call, per level
 
 class VectorQuantizer(nn.Module):
     """One codebook of `codes` vectors of width `dim`: EMA updates in training, k-means start, dead-code revival.
 
-    `forward(x [N, D]) -> Quantised`; the first training call starts the codebook by k-means on its input.
-    Always computes in fp32. `commitment` is the cost beta."""
-    def __init__(self, dim, codes=256, decay=.98, commitment=.25, dead=.03):
+    `forward(x [N, D]) -> Quantised` with L = 1; the first training call starts the codebook by k-means on its input.
+    Always computes in fp32. `commitment` is the cost beta; `rotate` the rotation trick; random draws (k-means, revival)
+    come from a generator of its own (`seed`), whose state is saved with the weights."""
+    def __init__(self, dim, codes=256, decay=.98, commitment=.25, dead=.03, rotate=False, seed=0):
         super().__init__()
         require(dim > 0 and 2 <= codes <= 65536 and 0 < decay < 1, f'dim must be positive, codes 2 to 65536 and decay in (0, 1), got {dim}, {codes}, {decay}')
-        self.dim, self.codes, self.decay, self.commitment, self.dead = dim, codes, decay, commitment, dead
+        self.dim, self.codes, self.decay, self.commitment, self.dead, self.rotate = dim, codes, decay, commitment, dead, rotate
         self.register_buffer('codebook', torch.zeros(codes, dim))
         self.register_buffer('count', torch.ones(codes))
         self.register_buffer('total', torch.zeros(codes, dim))
         self.register_buffer('started', torch.tensor(False))
+        self.register_buffer('random', torch.Generator().manual_seed(seed).get_state())
+
+    @contextlib.contextmanager
+    def generator(self):
+        "The quantizer's own generator (CPU), its state kept."
+        g = torch.Generator(); g.set_state(self.random.cpu())
+        yield g
+        self.random.copy_(g.get_state())
 
     def check(self, x):
         require(x.dim() == 2 and x.shape[1] == self.dim and len(x), f'vectors must have shape [N, {self.dim}] with N > 0, got {list(x.shape)}')
-        require(bool(torch.isfinite(x).all()), 'vectors hold NaN or infinite values: the codebook was left as it is')
+        require(bool(torch.isfinite(x.detach().sum())) or bool(torch.isfinite(x).all()), 'vectors hold NaN or infinite values: the codebook was left as it is')
         return x.float()
 
     @torch.no_grad()
     def start(self, x):
         "k-means on `x` [N, D]; count and sum are made consistent with it."
-        book, count = kmeans(self.check(x), self.codes)
+        with self.generator() as g: book, count = kmeans(self.check(x), self.codes, generator=g)
+        book, = from_first(book)
+        count, = over_processes(count)
         self.codebook.copy_(book)
-        self.count.copy_(count * self.codes / len(x) + .1)
+        self.count.copy_(count * self.codes / count.sum() + .1)
         self.total.copy_(book * self.count[:, None])
         self.started.fill_(True)
 
     @torch.no_grad()
-    def update(self, x, codes):
-        "One EMA step on the vectors `x` and their codes; returns how many dead codes were revived."
-        share = self.codes / len(x)
-        self.count.lerp_(torch.bincount(codes, minlength=self.codes) * share, 1 - self.decay)
-        self.total.lerp_(torch.zeros_like(self.total).index_add_(0, codes, x) * share, 1 - self.decay)
+    def update(self, counts, sums, draw):
+        "One EMA step from how many vectors each code won [K] and their sums [K, D]; `draw(n)`: n badly represented vectors. Returns how many dead codes were revived."
+        share = self.codes / counts.sum()
+        self.count.lerp_(counts * share, 1 - self.decay)
+        self.total.lerp_(sums * share, 1 - self.decay)
         self.codebook.copy_(self.total / self.count.clamp(min=1e-6)[:, None])
         dead = (self.count < self.dead).nonzero()[:, 0]
         if len(dead):
-            error = (x - self.codebook[codes]).pow(2).sum(1) + 1e-8
-            pick = torch.multinomial(error[:65536].cpu(), len(dead), replacement=True).to(x.device)
-            self.codebook[dead], self.count[dead], self.total[dead] = x[pick], 10 * self.dead, x[pick] * 10 * self.dead
+            fresh, = from_first(draw(len(dead)))
+            self.codebook[dead], self.count[dead], self.total[dead] = fresh, 10 * self.dead, fresh * 10 * self.dead
         return len(dead)
 
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            x = self.check(x)
-            if not self.started:
-                require(self.training, 'the codebook was never started: train it, or load weights')
-                self.start(x.detach())
-            codes = assign(x.detach(), self.codebook)
-            quantised = self.codebook[codes]
-            loss = self.commitment * (x - quantised).pow(2).mean()
-            revived = self.update(x.detach(), codes) if self.training else 0
-            return Quantised(x + (quantised - x).detach(), codes, loss, revived)
+    def forward(self, x): return residual_pass([self], x)
 
     def decode(self, codes):
         "int [...] -> float [..., D]"
         codes = codes.long()
         require(codes.numel() == 0 or (0 <= int(codes.min()) and int(codes.max()) < self.codes), f'codes must lie in 0..{self.codes - 1}')
         return self.codebook[codes]
+
+# %% ../nbs/03_vq.ipynb #processes
+def over_processes(*tensors):
+    "The tensors, summed over all processes where torch.distributed runs."
+    if dist.is_available() and dist.is_initialized():
+        for t in tensors: dist.all_reduce(t)
+    return tensors
+
+def from_first(*tensors):
+    "The tensors of the first process, everywhere."
+    if dist.is_available() and dist.is_initialized():
+        for t in tensors: dist.broadcast(t, 0)
+    return tensors
+
+def residual_pass(quantizers, x, chunk=2048):
+    """x [N, D] through `quantizers` of equal size, each on the residual of the one before; in training also starts them, averages and revives.
+    Fp32 inside autocast. Returns `Quantised`."""
+    first = quantizers[0]
+    with torch.autocast(x.device.type, enabled=False):
+        x = first.check(x)
+        training = first.training
+        if not all(q.started for q in quantizers):
+            require(training, 'the codebooks were never started: train the quantizer, or load weights')
+            start_levels(quantizers, x.detach())
+        if training and not x.requires_grad and torch.is_grad_enabled() and any(q.commitment for q in quantizers):
+            warnings.warn('a commitment cost is set, but the vectors need no gradient: it changes nothing', stacklevel=3)
+        books, costs = [q.codebook for q in quantizers], tuple(q.commitment for q in quantizers)
+        quantised, codes, losses, error, counts, sums = Pass.apply(x, books, costs, first.rotate, training, chunk if x.device.type == 'cpu' else len(x))
+        revived = [0] * len(quantizers)
+        if training:
+            over_processes(counts, sums)
+            books, flat = [b.clone() for b in books], x.detach()
+            for l, q in enumerate(quantizers):
+                def draw(n):
+                    with q.generator() as g: rows = torch.multinomial(error[:65536, l].cpu() + 1e-8, n, replacement=True, generator=g).to(x.device)
+                    return flat[rows] - sum((book[codes[rows, i]] for i, book in enumerate(books[:l])), torch.zeros_like(flat[rows]))
+                revived[l] = q.update(counts[l], sums[l], draw)
+        return Quantised(quantised, codes, losses, revived)
+
+@torch.no_grad()
+def start_levels(quantizers, x):
+    "k-means, level by level, on the residuals of x [N, D]."
+    residual = x.float()
+    for q in quantizers:
+        q.start(residual)
+        residual = residual - q.codebook[assign(residual, q.codebook)]
 
 # %% ../nbs/03_vq.ipynb #stats
 def usage(codes, size=256):

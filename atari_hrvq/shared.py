@@ -11,7 +11,8 @@ from .frames import load_episodes
 from .hrvq import Tokenizer
 
 # %% auto #0
-__all__ = ['count_table', 'game_information', 'Sharing', 'sharing_report', 'moving_cells', 'bootstrap_episodes']
+__all__ = ['DIRECTIONS', 'count_table', 'game_information', 'Sharing', 'sharing_report', 'moving_cells', 'cell_direction',
+           'cross_meaning', 'bootstrap_episodes']
 
 # %% ../nbs/05_shared.ipynb #counts
 def count_table(codes, game, games, size=256):
@@ -58,6 +59,51 @@ def moving_cells(frames, episode, grid, threshold=8):
     edge = np.linspace(0, 84, grid + 1).astype(int)
     cells = [change[:, a:b, c:d].any((1, 2)) for a, b in zip(edge[:-1], edge[1:], strict=True) for c, d in zip(edge[:-1], edge[1:], strict=True)]
     return np.stack(cells, 1)
+
+# %% ../nbs/05_shared.ipynb #variables
+DIRECTIONS = ('still', 'right', 'left', 'down', 'up', 'appears', 'vanishes')
+
+def cell_direction(frames, episode, grid, threshold=8):
+    """uint8 [N, P]: where the content of each cell moved since the previous frame of the episode, an index into `DIRECTIONS`.
+    The centre of what became brighter minus the centre of what became darker; frames uint8 [N, 84, 84]."""
+    edge = np.linspace(0, 84, grid + 1).astype(int)
+    out = np.zeros((len(frames), grid ** 2), np.uint8)
+    for start in range(0, len(frames), 500):
+        at = np.arange(max(1, start), min(len(frames), start + 500))
+        change = frames[at].astype(np.int16) - frames[at - 1]
+        change[episode[at] != episode[at - 1]] = 0
+        brighter, darker = np.maximum(change - threshold, 0).astype(np.float32), np.maximum(-change - threshold, 0).astype(np.float32)
+        for cell, (a, b, c, d) in enumerate((a, b, c, d) for a, b in zip(edge[:-1], edge[1:], strict=True) for c, d in zip(edge[:-1], edge[1:], strict=True)):
+            out[at, cell] = _direction(brighter[:, a:b, c:d], darker[:, a:b, c:d])
+    return out
+
+def _direction(brighter, darker):
+    mass = [x.sum((1, 2)) for x in (brighter, darker)]
+    centre = lambda axis: [(x.sum(3 - axis) * np.arange(x.shape[axis])).sum(1) / np.maximum(m, 1e-6) for x, m in zip((brighter, darker), mass, strict=True)]
+    (y1, y0), (x1, x0) = centre(1), centre(2)
+    dx, dy = x1 - x0, y1 - y0
+    moved = np.where(np.abs(dx) >= np.abs(dy), np.where(dx > 0, 1, 2), np.where(dy > 0, 3, 4))
+    return np.select([(mass[0] > 0) & (mass[1] > 0), mass[0] > 0, mass[1] > 0], [moved, 5, 6], 0)
+
+# %% ../nbs/05_shared.ipynb #meaning
+def cross_meaning(codes, variable, game, size=256):
+    """float [G]: X of each game, in bits. codes int [N], variable int [N] and game int [N] of the same cells; every game needs some."""
+    codes, variable, game = (np.asarray(a, np.int64) for a in (codes, variable, game))
+    G, V = int(game.max()) + 1, int(variable.max()) + 1
+    require(G >= 2 and all((game == g).any() for g in range(G)), 'meaning across games needs codes of at least two games')
+    joint = np.zeros((G, size, V))
+    np.add.at(joint, (game, codes, variable), 1.)
+    joint /= joint.sum((1, 2), keepdims=True)
+    out = []
+    for g in range(G):
+        p, q = joint[g], joint[np.arange(G) != g].mean(0)
+        prior, others = p.sum(0), q.sum(0)
+        ratio = (q + 1e-4 * others) / (q.sum(1, keepdims=True) + 1e-4) / np.maximum(others, 1e-9)
+        Q = ratio * prior
+        Q = np.maximum(Q / np.maximum(Q.sum(1, keepdims=True), 1e-12), 1e-6)
+        entropy = -(prior[prior > 0] * np.log2(prior[prior > 0])).sum()
+        out.append(entropy + (p * np.log2(Q)).sum())
+    return np.array(out)
 
 # %% ../nbs/05_shared.ipynb #bootstrap
 def bootstrap_episodes(codes, game, episode, statistic, draws=100, seed=0):

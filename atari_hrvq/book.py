@@ -113,7 +113,7 @@ class Watch:
     "Context manager: one line of progress for a running stage; afterwards `.seconds` and `.peak_mb`. After an error the stage's processes are ended."
     def __init__(self, label, folder, began, out=sys.stderr):
         self.label, self.report, self.pids, self.began, self.out = label, Path(folder) / '.progress', Path(folder) / '.kernels', began, out
-        self.tty, self.desc, self.peak_mb, self.kids = out.isatty(), None, 0., {}
+        self.tty, self.desc, self.seen, self.peak_mb, self.kids = out.isatty(), None, 0, 0., {}
     def __enter__(self):
         self.start = self.last = time.time(); self.stop = threading.Event()
         self.report.unlink(missing_ok=True)
@@ -143,7 +143,8 @@ class Watch:
         "Label, what is going on, share done, time left, and the elapsed time of the whole chain."
         try: r = json.loads(self.report.read_text())
         except (OSError, ValueError): return f'{self.label}  starting   {clock(time.time() - self.began)} in all'
-        if r['desc'] != self.desc: self.desc, self.since, self.at = r['desc'], time.time(), r['done']
+        if r['desc'] != self.desc or r['done'] < self.seen: self.desc, self.since, self.at = r['desc'], time.time(), r['done']      # another loop, or the same one again
+        self.seen = r['done']
         rate = (r['done'] - self.at) / max(1e-9, time.time() - self.since)
         left = f'{clock((r["total"] - r["done"]) / rate)} left' if rate > 0 else ''
         filled = int(20 * r['done'] / max(1, r['total']))

@@ -36,6 +36,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                  'atari_hrvq.book._plain': ('book.html#_plain', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book._python': ('book.html#_python', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book._run': ('book.html#_run', 'atari_hrvq/book.py'),
+                                 'atari_hrvq.book._smaller': ('book.html#_smaller', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.busy': ('book.html#busy', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.check_files': ('book.html#check_files', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.clock': ('book.html#clock', 'atari_hrvq/book.py'),

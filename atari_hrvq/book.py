@@ -337,11 +337,20 @@ def store_outputs(run, limit=200_000, out=sys.stderr):
             print(f'{path.name}: an output of cell {cell["id"]} is too large for git and was left out', file=out)
         write_atomic(target, json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + '\n')       # as nbdev_clean writes it
 
+def _smaller(png):
+    "A base64 PNG with a palette of 128 colours, if that is smaller."
+    import base64, io
+    from PIL import Image
+    small = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(128).save(small, 'PNG', optimize=True)
+    return min(png, base64.b64encode(small.getvalue()).decode(), key=len)
+
 def _plain(o):
     "An output without execution counts, metadata and live widgets."
     o = {k: v for k, v in o.items() if k != 'execution_count'}
     if o['output_type'] == 'execute_result': o = {**o, 'execution_count': None}
     if 'metadata' in o: o['metadata'] = {}
+    if 'image/png' in o.get('data', {}): o = {**o, 'data': {**o['data'], 'image/png': _smaller(o['data']['image/png'])}}
     if 'text/html' in o.get('data', {}): o['data'] = {k: v for k, v in o['data'].items() if not k.startswith('application/vnd.jupyter.widget')}    # the page twin needs no kernel
     return o
 

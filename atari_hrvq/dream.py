@@ -175,5 +175,5 @@ def position_probes(tokenizer, tokens, episodes, kind='mlp', seed=0, only=None):
     look = lambda codes: tokenizer.embed(codes).flatten(1).cpu().numpy()
     keep = [v for v, name in enumerate(names) if (not only or name in only) and present[:, v].sum() >= 50 and labels[present[:, v], v].std() >= 1]
     if not keep: return {}
-    probe = fit_probe(look(tokens.codes), labels[:, keep], present[:, keep], kind, seed, 1_000)
+    probe = fit_probe(look(tokens.codes), labels[:, keep], present[:, keep], kind, seed, 400)
     return {names[v]: lambda codes, i=i: probe(look(codes))[:, i] for i, v in enumerate(keep)}

@@ -338,12 +338,12 @@ def store_outputs(run, limit=200_000, out=sys.stderr):
         write_atomic(target, json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + '\n')       # as nbdev_clean writes it
 
 def _smaller(png):
-    "A base64 PNG with a palette of 64 colours, if that is smaller."
+    "A base64 PNG with a palette of 64 colours, if that is smaller; what is no picture stays as it is."
     import base64, io
     from PIL import Image
     small = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(64, Image.Quantize.MAXCOVERAGE).save(small, 'PNG', optimize=True)
-    return min(png, base64.b64encode(small.getvalue()).decode(), key=len)
+    with contextlib.suppress(OSError, ValueError): Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(64, Image.Quantize.MAXCOVERAGE).save(small, 'PNG', optimize=True)
+    return min(png, base64.b64encode(small.getvalue()).decode() or png, key=len)
 
 def _plain(o):
     "An output without execution counts, metadata and live widgets."

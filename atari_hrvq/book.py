@@ -29,7 +29,7 @@ STAGES = [StageSpec(*s) for s in (
     ('01_frames', 'frames', ()),
     ('02_encoder', 'encoder', ('01_frames',)),
     ('03_vq', 'one codebook', ('01_frames', '02_encoder')),
-    ('04_hrvq', 'tokenizer', ('01_frames',)),
+    ('04_hrvq', 'tokenizer', ('01_frames', '02_encoder')),
     ('05_shared', 'shared tokens', ('01_frames', '04_hrvq')),
     ('06_moe', 'experts', ()),
     ('07_world', 'world model', ('01_frames', '04_hrvq')),

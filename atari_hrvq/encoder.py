@@ -52,6 +52,19 @@ class Background(nn.Module):
         band = ((foreground * 64 + self.median[game]).round().clamp(0, 255) // 16).long()
         return self.rarity[game].gather(1, band[:, None])[:, 0]
 
+    def where(self, frames, game, grid, size, common=.03):
+        """float [N, grid^2, 48]: for each cell (`size` pixels on a side) and each of 16 bands of gray how much of it is rare there, and where.
+        With the weights of the pixels that show a gray in less than `common` of all frames, summed over the T uint8 frames [N, T, 84, 84]:
+        mass / (mass + 1) and the mean column and row (-1..1 in the cell), times it."""
+        device, line = frames.device, torch.arange(84, device=frames.device)
+        cell, middle = line // size, (line % size) * (2 / (size - 1)) - 1
+        slot = ((cell[:, None] * grid + cell[None, :]) * 16 + frames // 16).flatten(1)
+        w = torch.stack([self.rarity[game].gather(1, (f // 16).long()[:, None])[:, 0] for f in frames.unbind(1)], 1) / 300
+        w = w * (w * 300 > 1 / (common + .003))
+        total = lambda x: torch.zeros(len(frames), grid ** 2 * 16, device=device).scatter_add_(1, slot, x.flatten(1)).view(len(frames), -1, 16)
+        mass = total(w)
+        return torch.stack([mass, total(w * middle), total(w * middle[:, None])], 3).div(mass[..., None] + 1).flatten(2)
+
 # %% ../nbs/02_encoder.ipynb #check-frames
 def check_frames(frames, least=1):
     "uint8 tensor [N, T, 84, 84] with T >= `least`, or one sentence."
@@ -71,24 +84,27 @@ class EncoderConfig:
     grid: int = 3                 # cells on one side
     dim: int = 256                # width of the frame vector; 0 for none
     keypoints: int = 32           # of the vector's coordinates, two for each keypoint
+    where: int = 4                # of the last frames whose rare grays are located in each cell; 0 for none
 
 class Encoder(Pretrained):
-    "Frames uint8 [N, 4, 84, 84] -> `(vector [N, dim] of unit norm or None, grid [N, cell_dim, G, G])`."
+    "Frames uint8 [N, 4, 84, 84] -> `(vector [N, dim] of unit norm or None, grid [N, cell_dim, G, G])`; with `where` the last 48 of a cell's numbers are those of `Background.where`."
     Config = EncoderConfig
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
         require(1 <= c.grid <= 21 and 1 <= c.frames <= 4, f'grid must be 1 to 21 and frames 1 to 4, got {c.grid} and {c.frames}')
-        require(not c.dim or c.dim > 2 * c.keypoints, f'a vector of {c.dim} has no room for {c.keypoints} keypoints of two coordinates: expected dim above {2 * c.keypoints}')
+        located = 2 * c.keypoints + 32 * bool(c.where)
+        require(not c.dim or c.dim > located, f'a vector of {c.dim} has no room for {located} coordinates of keypoints and centroids: expected dim above {located}')
         c1, c2 = c.channels
+        require(0 <= c.where <= c.frames and (not c.where or c.cell_dim > 48), f'where must be 0 to {c.frames} frames and needs cell_dim above 48, got {c.where} and {c.cell_dim}')
         self.background = Background(c.games)
         self.side = -(-21 // c.grid)                               # features on one side of a cell
         self.conv1, self.conv2 = nn.Conv2d(c.frames, c1, 8, 4, 2), nn.Conv2d(c1, c2, 3, 1, 1)
-        self.cell1, self.cell2 = nn.Linear(c2 * self.side ** 2, c.hidden), nn.Linear(c.hidden, c.cell_dim)
+        self.cell1, self.cell2 = nn.Linear(c2 * self.side ** 2, c.hidden), nn.Linear(c.hidden, c.cell_dim - 48 * bool(c.where))
         self.place = nn.Parameter(torch.zeros(c.grid ** 2, c.hidden))
         if c.dim:
-            self.vector, self.attention = nn.Linear(c.cell_dim * c.grid ** 2, c.dim - 2 * c.keypoints), nn.Conv2d(c2, c.keypoints, 1)
+            self.vector, self.attention = nn.Linear(c.cell_dim * c.grid ** 2, c.dim - located), nn.Conv2d(c2, c.keypoints, 1)
             self.standard = nn.BatchNorm1d(c.dim, momentum=.05, affine=False)
 
     def features(self, foreground):
@@ -112,11 +128,20 @@ class Encoder(Pretrained):
         line = torch.linspace(-1, 1, features.shape[-1], device=a.device)
         return torch.stack([(a.sum(2) * line).sum(2), (a.sum(3) * line).sum(2)], 2)
 
+    def centroids(self, where):
+        "Cells of `Background.where` [N, P, 48] -> mean column and row on the screen, -1..1, of each band's rare pixels, [N, 32]; 0 where there are none."
+        G, m = self.config.grid, where.unflatten(2, (16, 3))
+        line = (torch.arange(G, device=where.device) * 2 + 1) / G - 1
+        x = (m[..., 1] / G + m[..., 0] * line.repeat(G)[:, None]).sum(1)
+        y = (m[..., 2] / G + m[..., 0] * line.repeat_interleave(G)[:, None]).sum(1)
+        return torch.cat([x, y], 1) / (m[..., 0].sum(1) + .1).repeat(1, 2)
+
     def join(self, z, points):
-        "Cells [N, P, C] and keypoints [N, K, 2] -> unit vector [N, dim]."
-        K = points.shape[1] * 2
-        v = self.standard(torch.cat([points.flatten(1), self.vector(z.flatten(1)).float()], 1))
-        return F.normalize(torch.cat([v[:, :K] * .5, v[:, K:]], 1), dim=-1)
+        "Cells [N, P, C] and keypoints [N, K, 2] -> unit vector [N, dim]: keypoints, centroids (with `where`), a linear view of the cells."
+        parts, scale = [points.flatten(1)], [.5] * points.shape[1] * 2
+        if self.config.where: parts.append(self.centroids(z[..., -48:])); scale += [.3] * 32
+        parts.append(self.vector(z.flatten(1)).float()); scale += [1.] * parts[-1].shape[1]
+        return F.normalize(self.standard(torch.cat(parts, 1)) * torch.tensor(scale, device=z.device), dim=-1)
 
     @torch.no_grad()
     def calibrate(self, batches):
@@ -129,10 +154,12 @@ class Encoder(Pretrained):
 
     def parts(self, frames, game=None):
         "`(vector or None, cells [N, P, C], keypoints [N, K, 2] or None)` of uint8 frames."
-        foreground, _ = self.background(check_frames(frames, self.config.frames)[:, -self.config.frames:], game)
+        c, frames = self.config, check_frames(frames, self.config.frames)
+        foreground, game = self.background(frames[:, -c.frames:], game)
         h = self.features(foreground)
-        z, points = self.cut(h), self.points(h) if self.config.dim else None
-        return (self.join(z, points) if self.config.dim else None), z, points
+        z, points = self.cut(h), self.points(h) if c.dim else None
+        if c.where: z = torch.cat([z, self.background.where(frames[:, -c.where:], game, c.grid, 4 * self.side)], 2)
+        return (self.join(z, points) if c.dim else None), z, points
 
     def forward(self, frames, game=None):
         vector, z, _ = self.parts(frames, game)
@@ -172,7 +199,7 @@ class PointDecoder(nn.Module):
     def forward(self, points): return self.convs(self.bumps(points))
 
 # %% ../nbs/02_encoder.ipynb #losses
-def info_nce(v_ND, next_ND, temperature=.1):
+def info_nce(v_ND, next_ND, temperature=.25):
     "Temporal InfoNCE of unit vectors and their successors, symmetric over both directions; scalar, in nats."
     logits = v_ND @ next_ND.T / temperature
     target = torch.arange(len(v_ND), device=v_ND.device)
@@ -190,7 +217,7 @@ def weighted_error(prediction, target, weight):
     return (weight * (prediction - target) ** 2).sum() / weight.sum()
 
 # %% ../nbs/02_encoder.ipynb #trainer
-OBJECTIVES = {'time': .2, 'reconstruction': 10., 'inverse': 0., 'space': 0., 'keypoints': 5.}     # name -> weight in the sum; 0 switches one off
+OBJECTIVES = {'time': 1., 'reconstruction': 10., 'inverse': 0., 'space': 0., 'keypoints': 5.}     # name -> weight in the sum; 0 switches one off
 
 class EncoderTraining(nn.Module):
     "An encoder with what its objectives need; `loss` adds them by their weights. `rarity=False`: every pixel weighs the same."

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 from .core import FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, progress, require, rng_for, seed_all
-from .encoder import CellDecoder, Encoder, EncoderConfig, check_frames, frame_batches, state_fidelity, weighted_error
+from .encoder import CellDecoder, Encoder, EncoderConfig, check_frames, embed, frame_batches, state_fidelity, weighted_error
 from .frames import load_episodes, state_labels
 from .vq import VectorQuantizer, assign, residual_pass, start_levels, usage
 
 # %% auto #0
-__all__ = ['BALL_BOX', 'ResidualVQ', 'TokenizerConfig', 'Tokenizer', 'start_codebooks', 'ball_position', 'ball_recall']
+__all__ = ['BALL_BOX', 'ResidualVQ', 'TokenizerConfig', 'Tokenizer', 'start_codebooks', 'ball_position', 'ball_recall',
+           'quantise_frozen']
 
 # %% ../nbs/04_hrvq.ipynb #rvq
 class ResidualVQ(nn.Module):
@@ -89,7 +90,7 @@ class Tokenizer(Pretrained):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        part = EncoderConfig(games=c.games, frames=1, channels=c.channels, hidden=c.hidden, cell_dim=c.cell_dim, grid=c.grid, dim=0)
+        part = EncoderConfig(games=c.games, frames=1, channels=c.channels, hidden=c.hidden, cell_dim=c.cell_dim, grid=c.grid, dim=0, where=0)
         self.encoder, self.decoder = Encoder(part), CellDecoder(part)
         self.quantizer = ResidualVQ(c.cell_dim, c.levels, c.codes, c.commitment, c.decay)
 
@@ -106,6 +107,11 @@ class Tokenizer(Pretrained):
         "Unquantised cells float [N, P, D] and the game int64 [N] of uint8 frames [N, T, 84, 84]."
         foreground, game = self.background(check_frames(frames)[:, -1:], game)
         return self.encoder.cells(foreground), game
+
+    @torch.no_grad()
+    def start(self, frames, game):
+        "Start the codebooks by k-means on the cells of uint8 frames [N, T, 84, 84]."
+        self.quantizer.start(self.features(frames, game)[0].flatten(0, 1))
 
     @torch.no_grad()
     def encode(self, frames, chunk=512):
@@ -137,34 +143,34 @@ class Tokenizer(Pretrained):
         target = self.background(frames[:, -1:], game)[0][:, 0]
         z = self.encoder.cells(target[:, None])
         metrics, extra = {}, 0.
-        if self.quantizer.started:
-            out = self.quantizer(z.flatten(0, 1))
-            scale = z.detach().var() + 1e-6
-            extra = out.losses.sum() / scale
-            metrics['quantisation'] = (z.detach() - out.quantised.detach().view_as(z)).pow(2).mean() / scale
-            z = self._drop_levels(out, z)
+        if self.started: z, extra, metrics = self.quantise(z, frames, game)
         error = weighted_error(self.decoder(z)[:, 0], target, self.background.weight(target, game))
         return 10 * error + extra, {'reconstruction': error, **metrics}
 
-    def _drop_levels(self, out, z):
-        "The quantised cells; a share of the samples from a random number of levels, at least one."
-        full = out.quantised.view_as(z)
+    @property
+    def started(self): return self.quantizer.started
+
+    def quantise(self, z, frames, game):
+        "`(what the decoder gets, cost of the codes, metrics)` of the cells z [B, P, D] of `frames`; the cost is in units of their variance."
+        out, scale = self.quantizer(z.flatten(0, 1)), z.detach().var() + 1e-6
+        parts = [q.decode(c) for q, c in zip(self.quantizer.levels, out.codes.view(*z.shape[:2], -1).unbind(-1), strict=True)]
+        return self.drop_levels(out.quantised.view_as(z), z, parts), out.losses.sum() / scale, {'quantisation': (z.detach() - out.quantised.detach().view_as(z)).pow(2).mean() / scale}
+
+    def drop_levels(self, full, z, parts):
+        "`full` [B, P, D], and for a share of the samples the sum of the first one or more of `parts`, the vectors of each level."
         drop = torch.rand(len(z), device=z.device) < self.config.level_dropout
-        if self.config.levels == 1 or not bool(drop.any()): return full
-        keep = torch.randint(1, self.config.levels, (len(z),), device=z.device)
-        codes = out.codes.view(*z.shape[:2], -1)
-        partial = sum(q.decode(codes[..., l]) * (keep > l)[:, None, None] for l, q in enumerate(self.quantizer.levels))
+        if len(parts) == 1 or not bool(drop.any()): return full
+        keep = torch.randint(1, len(parts), (len(z),), device=z.device)
+        partial = sum(q * (keep > l)[:, None, None] for l, q in enumerate(parts))
         return torch.where(drop[:, None, None], z + (partial - z).detach(), full)
 
 # %% ../nbs/04_hrvq.ipynb #starter
 def start_codebooks(tokenizer, batches, at, seed, calls=5):
     "A `fit` callback: at step `at`, k-means starts the codebooks on the cells of `calls` batches, unless they were started before."
     def callback(step, module):
-        if step < at or module.quantizer.started: return
-        with torch.no_grad():
-            draws = [batches(rng_for(seed, 'start', i)) for i in range(calls)]
-            device = next(module.parameters()).device
-            module.quantizer.start(torch.cat([module.features(f.to(device), g.to(device))[0].flatten(0, 1) for f, _, g in draws]))
+        if step < at or module.started: return
+        draws, device = [batches(rng_for(seed, 'start', i)) for i in range(calls)], next(module.parameters()).device
+        module.start(torch.cat([f for f, _, _ in draws]).to(device), torch.cat([g for _, _, g in draws]).to(device))
     return callback
 
 # %% ../nbs/04_hrvq.ipynb #recall
@@ -186,3 +192,13 @@ def ball_recall(real, decoded, box, within=3.):
     (e, r, c), (e2, r2, c2) = ball_position(real, box), ball_position(decoded, box)
     hit = e & e2 & (((r - r2) ** 2 + (c - c2) ** 2).sqrt() <= within)
     return float(hit.sum() / e.sum().clamp(min=1)), int(e.sum())
+
+# %% ../nbs/04_hrvq.ipynb #original
+def quantise_frozen(vectors, epochs=10, levels=3, codes=256, batch=4096, seed=0):
+    "The preset `original`: a `ResidualVQ` fitted to float [N, D] vectors of a frozen encoder, three codes a frame."
+    q = ResidualVQ(vectors.shape[1], levels, codes, (0.,) * levels).train()              # frozen vectors: no cost can change a code
+    seed_all(seed, 'original'); q.start(vectors[torch.randperm(len(vectors))[:50_000]])
+    for _ in progress(range(epochs), 'original'):
+        for rows in torch.randperm(len(vectors)).split(batch):
+            if len(rows) >= codes: q(vectors[rows])
+    return q.eval()

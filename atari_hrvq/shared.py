@@ -4,15 +4,23 @@
 
 # %% ../nbs/05_shared.ipynb #imports
 from __future__ import annotations
+import copy
+from dataclasses import dataclass
 from typing import NamedTuple
 import numpy as np
-from .core import Stage, progress, require, rng_for
-from .frames import load_episodes
-from .hrvq import Tokenizer
+import torch
+import torch.nn.functional as F
+from torch import nn
+from .core import FitConfig, Stage, fit, progress, require, rng_for, seed_all
+from .encoder import frame_batches, state_fidelity, weighted_error
+from .frames import load_episodes, state_labels
+from .hrvq import BALL_BOX, ResidualVQ, Tokenizer, TokenizerConfig, ball_recall, check_frames, start_codebooks
+from .vq import VectorQuantizer, usage
 
 # %% auto #0
-__all__ = ['DIRECTIONS', 'count_table', 'game_information', 'Sharing', 'sharing_report', 'moving_cells', 'cell_direction',
-           'cross_meaning', 'bootstrap_episodes']
+__all__ = ['DIRECTIONS', 'count_table', 'game_information', 'Sharing', 'sharing_report', 'moving_cells', 'cell_motion',
+           'cell_direction', 'cross_meaning', 'MotionCodes', 'SharedConfig', 'SharedTokenizer', 'GradientReversal',
+           'PressedTokenizer', 'few_shot', 'bootstrap_episodes']
 
 # %% ../nbs/05_shared.ipynb #counts
 def count_table(codes, game, games, size=256):
@@ -63,27 +71,31 @@ def moving_cells(frames, episode, grid, threshold=8):
 # %% ../nbs/05_shared.ipynb #variables
 DIRECTIONS = ('still', 'right', 'left', 'down', 'up', 'appears', 'vanishes')
 
-def cell_direction(frames, episode, grid, threshold=8):
-    """uint8 [N, P]: where the content of each cell moved since the previous frame of the episode, an index into `DIRECTIONS`.
-    The centre of what became brighter minus the centre of what became darker; frames uint8 [N, 84, 84]."""
-    edge = np.linspace(0, 84, grid + 1).astype(int)
-    out = np.zeros((len(frames), grid ** 2), np.uint8)
-    for start in range(0, len(frames), 500):
-        at = np.arange(max(1, start), min(len(frames), start + 500))
-        change = frames[at].astype(np.int16) - frames[at - 1]
-        change[episode[at] != episode[at - 1]] = 0
-        brighter, darker = np.maximum(change - threshold, 0).astype(np.float32), np.maximum(-change - threshold, 0).astype(np.float32)
-        for cell, (a, b, c, d) in enumerate((a, b, c, d) for a, b in zip(edge[:-1], edge[1:], strict=True) for c, d in zip(edge[:-1], edge[1:], strict=True)):
-            out[at, cell] = _direction(brighter[:, a:b, c:d], darker[:, a:b, c:d])
-    return out
+def cell_motion(pairs, grid, threshold=8):
+    """`(motion uint8 [N, P], place float32 [N, P, 3])` of uint8 tensor pairs [N, 2, 84, 84], previous frame first.
+    motion: an index into `DIRECTIONS`, from the centre of what became brighter minus the centre of what became darker;
+    place: column and row (0..1 in the cell) of the centre of what became brighter (else darker), and the amount of change in gray levels."""
+    size = -(-84 // grid)
+    change = F.pad(pairs[:, 1].float() - pairs[:, 0].float(), (0, size * grid - 84, 0, size * grid - 84))
+    change = change.unflatten(2, (grid, size)).unflatten(1, (grid, size)).transpose(2, 3).flatten(1, 2)            # [N, P, size, size]
+    line = (torch.arange(size, device=change.device) + .5) / size
+    def centre(x):
+        mass = x.sum((2, 3)); m = mass.clamp(min=1e-6)
+        return mass, (x.sum(2) * line).sum(2) / m, (x.sum(3) * line).sum(2) / m
+    (m1, x1, y1), (m0, x0, y0) = centre((change - threshold).clamp(min=0)), centre((-change - threshold).clamp(min=0))
+    dx, dy, on, off = x1 - x0, y1 - y0, m1 > 0, m0 > 0
+    moved = torch.where(dx.abs() >= dy.abs(), torch.where(dx > 0, 1, 2), torch.where(dy > 0, 3, 4))
+    motion = torch.where(on & off, moved, torch.where(on, 5, torch.where(off, 6, 0)))
+    return motion.to(torch.uint8), torch.stack([torch.where(on, x1, x0), torch.where(on, y1, y0), m1 + m0], 2)
 
-def _direction(brighter, darker):
-    mass = [x.sum((1, 2)) for x in (brighter, darker)]
-    centre = lambda axis: [(x.sum(3 - axis) * np.arange(x.shape[axis])).sum(1) / np.maximum(m, 1e-6) for x, m in zip((brighter, darker), mass, strict=True)]
-    (y1, y0), (x1, x0) = centre(1), centre(2)
-    dx, dy = x1 - x0, y1 - y0
-    moved = np.where(np.abs(dx) >= np.abs(dy), np.where(dx > 0, 1, 2), np.where(dy > 0, 3, 4))
-    return np.select([(mass[0] > 0) & (mass[1] > 0), mass[0] > 0, mass[1] > 0], [moved, 5, 6], 0)
+def cell_direction(frames, episode, grid, threshold=8, chunk=500):
+    "uint8 [N, P]: the motion of each cell since the previous frame of the same episode; frames uint8 [N, 84, 84], 0 (still) in the first of each episode."
+    out = np.zeros((len(frames), grid ** 2), np.uint8)
+    for start in range(1, len(frames), chunk):
+        at = np.arange(start, min(len(frames), start + chunk))
+        motion = cell_motion(torch.from_numpy(np.stack([frames[at - 1], frames[at]], 1)), grid, threshold)[0].numpy()
+        out[at] = motion * (episode[at] == episode[at - 1])[:, None]
+    return out
 
 # %% ../nbs/05_shared.ipynb #meaning
 def cross_meaning(codes, variable, game, size=256):
@@ -104,6 +116,185 @@ def cross_meaning(codes, variable, game, size=256):
         entropy = -(prior[prior > 0] * np.log2(prior[prior > 0])).sum()
         out.append(entropy + (p * np.log2(Q)).sum())
     return np.array(out)
+
+# %% ../nbs/05_shared.ipynb #motion-codes
+class MotionCodes(nn.Module):
+    """`codes` motion words shared by `games` games: kind of motion x place, where places are cut at each game's own quantiles.
+    `measure({game index: uint8 pairs [n, 2, 84, 84]})` sets the cuts; `forward(pairs [N, 2, 84, 84], game [N])` gives int64 [N, P], -1 where nothing moves."""
+    def __init__(self, games, codes=192, grid=3):
+        super().__init__()
+        self.codes, self.grid, side = codes, grid, int(codes ** .5) + 1
+        self.register_buffer('columns', torch.full((games, 7, side), torch.inf))              # cuts between columns
+        self.register_buffer('rows', torch.full((games, 7, side + 1, codes), torch.inf))      # cuts between rows, for each column
+        self.register_buffer('first', torch.zeros(7, side + 1, dtype=torch.long))             # first code of each column
+        self.register_buffer('measured', torch.tensor(False))
+
+    @staticmethod
+    def jitter(place):
+        "Column and row [..., 2] with a tie-breaking shift of less than half a pixel, drawn from the amount of change."
+        return place[..., :2] + (torch.stack([place[..., 2] * .618, place[..., 2] * .755], -1) % 1 - .5) * .5 / 28
+
+    def measure(self, pairs):
+        seen = {}
+        for g, some in pairs.items():
+            parts = [cell_motion(p, self.grid) for p in some.split(500)]
+            motion, place = torch.cat([m.flatten() for m, _ in parts]), torch.cat([p.flatten(0, 1) for _, p in parts])
+            seen[g] = {m: self.jitter(place[motion == m]) for m in range(1, 7)}
+        share = np.mean([[len(of[m]) / max(1, sum(map(len, of.values()))) for m in range(1, 7)] for of in seen.values()], 0)
+        many = np.maximum(1, np.floor(share * self.codes)).astype(int)                       # codes of each motion, by its share over all games
+        while many.sum() != self.codes: many[np.argmax(share * self.codes - many if many.sum() < self.codes else many - share * self.codes)] += np.sign(self.codes - many.sum())
+        self.columns.fill_(torch.inf); self.rows.fill_(torch.inf)
+        start = 0
+        for m, n in enumerate(many, 1):
+            heights = np.array([len(part) for part in np.array_split(np.arange(n), max(1, int(n ** .5)))])
+            self.first[m, :len(heights)] = start + torch.from_numpy(np.cumsum(heights) - heights)
+            self.first[m, len(heights):] = start
+            start += n
+            for g, of in seen.items():
+                at = of[m] if len(of[m]) >= 2 * n else torch.cat([seen[k][m] for k in seen])     # too few in this game: the cuts of all games
+                if not len(at): continue
+                cuts = torch.quantile(at[:, 0], torch.from_numpy(np.cumsum(heights)[:-1] / n).float())
+                self.columns[g, m, :len(cuts)] = cuts
+                column = (at[:, :1] > cuts).sum(1)
+                for c, h in enumerate(heights):
+                    inside = at[column == c, 1]
+                    if h > 1 and len(inside): self.rows[g, m, c, :h - 1] = torch.quantile(inside, torch.arange(1, h) / h)
+        self.measured.fill_(True)
+        return self
+
+    def forward(self, pairs, game):
+        require(bool(self.measured), 'the motion codes were never measured: call measure with pairs of frames of each game')
+        motion, place = cell_motion(pairs, self.grid)
+        m, xy, g = motion.long(), self.jitter(place), game[:, None].expand(motion.shape)
+        column = (xy[..., :1] > self.columns[g, m]).sum(-1)
+        row = (xy[..., 1:] > self.rows[g, m, column]).sum(-1)
+        return torch.where(m > 0, self.first[m, column] + row, -1)
+
+# %% ../nbs/05_shared.ipynb #shared-tokenizer
+@dataclass
+class SharedConfig(TokenizerConfig):
+    motion: int = 192             # of level 0's codes, how many are motion words; the others describe cells without motion
+
+class SharedTokenizer(Tokenizer):
+    "A tokenizer whose level 0 is `MotionCodes` where something moves. Needs two frames and the game: `encode(frames [N, T >= 2, 84, 84]) -> uint8 [N, P, L]`."
+    Config = SharedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = self.config
+        require(0 < c.motion < c.codes and c.levels > 1, f'motion must lie between 0 and {c.codes} and needs two levels, got {c.motion} and {c.levels}')
+        self.motion = MotionCodes(len(c.games), c.motion, c.grid)
+        self.still = VectorQuantizer(c.cell_dim, c.codes - c.motion, c.decay, 0.)
+        self.quantizer = ResidualVQ(c.cell_dim, c.levels - 1, c.codes, c.commitment[1:], c.decay)
+        self.register_buffer('mean', torch.zeros(len(c.games) * c.motion, c.cell_dim))       # of the cells of each game and motion word
+        self.register_buffer('count', torch.zeros(len(c.games) * c.motion))
+
+    def first(self, z, frames, game):
+        "Level 0: `(codes int64 [N, P], vectors [N, P, D])` of the cells z; in training the means follow."
+        word, M = self.motion(frames[:, -2:], game), self.config.motion
+        moves, slot = word >= 0, (game[:, None] * M + word)
+        code, vector, zd = word.clone(), torch.zeros_like(z), z.detach()
+        with torch.no_grad():
+            if self.training:
+                n = torch.bincount(slot[moves], minlength=len(self.mean)).float()
+                total = torch.zeros_like(self.mean).index_add_(0, slot[moves], zd[moves].float())
+                step = n / (n + self.config.decay / (1 - self.config.decay) * self.count.clamp(max=1.)).clamp(min=1e-6)
+                self.mean.lerp_(torch.where(n[:, None] > 0, total / n.clamp(min=1)[:, None], self.mean), step[:, None]); self.count += n
+            vector[moves] = self.mean[slot[moves]]
+            if bool((~moves).any()):
+                out = self.still(zd[~moves])
+                code[~moves], vector[~moves] = out.codes[:, 0] + M, out.quantised
+        return code, vector
+
+    @torch.no_grad()
+    def start(self, frames, game):
+        z, _ = self.features(frames, game)
+        mode = self.training
+        self.train(); _, vector = self.first(z, frames, game); self.train(mode)
+        self.quantizer.start((z - vector).flatten(0, 1))
+
+    def quantise(self, z, frames, game):
+        _, q0 = self.first(z, frames, game)
+        out, scale = self.quantizer((z - q0).flatten(0, 1)), z.detach().var() + 1e-6
+        rest = [q.decode(c) for q, c in zip(self.quantizer.levels, out.codes.view(*z.shape[:2], -1).unbind(-1), strict=True)]
+        full = q0 + out.quantised.view_as(z)
+        cost = (self.config.commitment[0] * (z - q0).pow(2).mean() + out.losses.sum()) / scale
+        return self.drop_levels(full, z, [q0, *rest]), cost, {'quantisation': (z - full).detach().pow(2).mean() / scale}
+
+    @torch.no_grad()
+    def encode(self, frames, chunk=512):
+        out = []
+        for part in check_frames(frames, 2).split(chunk):
+            part = part.to(self.mean.device); z, game = self.features(part)
+            code, q0 = self.first(z, part, game)
+            rest = self.quantizer.encode((z - q0).flatten(0, 1)).view(*z.shape[:2], -1)
+            out.append(torch.cat([code[..., None].to(torch.uint8), rest], 2))
+        return torch.cat(out)
+
+    def embed(self, codes, levels=None, game=None):
+        "Cells [N, P, D] of codes [N, P, L] of `game` int64 [N]."
+        require(game is not None, 'the vector of a motion word depends on the game: give its index for each row')
+        n, word, M = self.config.levels if levels is None else levels, codes[..., 0].long(), self.config.motion
+        slot = game[:, None] * M + word.clamp(max=M - 1)
+        vector = torch.where((word < M)[..., None], self.mean[slot], self.still.codebook[(word - M).clamp(min=0)])
+        return vector * (n > 0) + (self.quantizer.decode(codes[..., 1:], n - 1) if n > 1 else 0)
+
+    @torch.no_grad()
+    def decode_foreground(self, codes, levels=None, chunk=512, game=None):
+        return torch.cat([self.decoder(self.embed(c, levels, g))[:, 0] for c, g in zip(codes.split(chunk), game.split(chunk), strict=True)])
+
+# %% ../nbs/05_shared.ipynb #pressed
+class GradientReversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.view_as(x)
+    @staticmethod
+    def backward(ctx, g): return -g
+
+class PressedTokenizer(Tokenizer):
+    "A tokenizer with a pressure on its level 0: `centring`, `adversary` or `marginals`."
+    def __init__(self, config, pressure):
+        super().__init__(config)
+        require(pressure in ('centring', 'adversary', 'marginals'), f'unknown pressure {pressure!r}: expected centring, adversary or marginals')
+        c, self.pressure = self.config, pressure
+        self.register_buffer('centre', torch.zeros(len(c.games), c.cell_dim))
+        if pressure == 'adversary': self.judge = nn.Sequential(nn.Linear(c.cell_dim, 128), nn.SiLU(), nn.Linear(128, len(c.games)))
+
+    def features(self, frames, game=None):
+        z, game = super().features(frames, game)
+        return z - self.centre[game][:, None], game
+
+    def quantise(self, z, frames, game):
+        G, book = len(self.config.games), self.quantizer.levels[0].codebook.clone()
+        if self.pressure == 'centring':
+            with torch.no_grad():
+                for g in range(G):
+                    if bool((game == g).any()): self.centre[g].lerp_(z[game == g].mean((0, 1)), 1 - self.config.decay)
+            full, cost, metrics = super().quantise(z - self.centre[game][:, None], frames, game)
+            return full + self.centre[game][:, None], cost, metrics
+        full, cost, metrics = super().quantise(z, frames, game)
+        flat = z.flatten(0, 1); of = game[:, None].expand(z.shape[:2]).flatten()
+        if self.pressure == 'adversary':
+            q0 = flat + (book[torch.cdist(flat.detach(), book).argmin(1)] - flat).detach()
+            return full, cost + F.cross_entropy(self.judge(GradientReversal.apply(q0)), of), metrics
+        p = (-torch.cdist(flat, book).pow(2) / (z.detach().var() * z.shape[2] * .1)).softmax(1)
+        each = torch.stack([p[of == g].mean(0) for g in range(G) if bool((of == g).any())]) + 1e-8
+        return full, cost + (each * (each / each.mean(0)).log()).sum(1).mean(), metrics
+
+    @torch.no_grad()
+    def decode_foreground(self, codes, levels=None, chunk=512, game=None):
+        return torch.cat([self.decoder(self.embed(c, levels) + self.centre[g][:, None])[:, 0] for c, g in zip(codes.split(chunk), game.split(chunk), strict=True)])
+
+# %% ../nbs/05_shared.ipynb #fewshot
+def few_shot(quantizer, cells, epochs=(0, 1, 2), seed=0, batch=4096):
+    "`{epochs: ResidualVQ}`: copies of a trained `quantizer` whose codebooks followed the cells float [N, D] of a new game for so many epochs."
+    q, out = copy.deepcopy(quantizer).train(), {}
+    for k in range(max(epochs) + 1):
+        if k in epochs: out[k] = copy.deepcopy(q).eval()
+        if k == max(epochs): break
+        seed_all(seed, 'few-shot', k)
+        for rows in torch.randperm(len(cells)).split(batch):
+            with torch.no_grad(): q(cells[rows])
+    return out
 
 # %% ../nbs/05_shared.ipynb #bootstrap
 def bootstrap_episodes(codes, game, episode, statistic, draws=100, seed=0):

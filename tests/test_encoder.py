@@ -7,7 +7,7 @@ from atari_hrvq.encoder import (OBJECTIVES, Background, CellDecoder, Encoder, En
                                 fit_probe, frame_batches, info_nce, probe_fidelity, state_correlation, state_fidelity, temporal_ratio)
 from atari_hrvq.frames import RandomPolicy, collect
 
-SMALL = dict(games=('pong', 'breakout'), channels=(4, 8), hidden=16, cell_dim=6, dim=24, keypoints=4)
+SMALL = dict(games=('pong', 'breakout'), channels=(4, 8), hidden=16, cell_dim=6, dim=24, keypoints=4, where=0)
 
 
 @pytest.fixture(scope='module')
@@ -86,6 +86,53 @@ def test_cells_do_not_mix():
     changed = (encoder.cells(x) != encoder.cells(y)).any(-1)[0]
     assert changed.tolist() == [False] * 8 + [True]
     assert decoder(encoder.cells(x)).shape == (1, 2, 84, 84)
+
+
+def scene(*spots, size=3):
+    "A black stack of four frames with bright squares at (row, column) in each."
+    f = torch.zeros(1, 4, 84, 84, dtype=torch.uint8)
+    for row, column in spots: f[..., row:row + size, column:column + size] = 200
+    return f
+
+
+@pytest.fixture(scope='module')
+def counter():
+    b = Background(('pong',)); b.rarity[:] = 1.; b.rarity[0, 12] = 300.                  # gray 192 to 207 is rare everywhere
+    return lambda frames, grid=3: b.where(frames, torch.zeros(len(frames), dtype=torch.long), grid, 4 * -(-21 // grid)).view(len(frames), grid ** 2, 16, 3)
+
+
+@pytest.mark.parametrize('grid', [1, 2, 3, 4, 7])
+def test_counted_places_move_with_the_object(counter, grid):
+    size = 4 * -(-21 // grid)
+    row, column = 2, 5
+    a, b = (counter(scene((row, column + d)), grid)[0] for d in (0, 3))
+    assert a[0, 12, 0] == b[0, 12, 0] and torch.allclose(b[0, 12] - a[0, 12], torch.tensor([0., 3 * 2 / (size - 1), 0.]) * a[0, 12, 0], atol=1e-5)
+    assert torch.equal(a[1:], torch.zeros_like(a[1:])) and a[0].abs().sum(1).nonzero().tolist() == [[12]]
+    if grid > 1:                                                                         # the same thing, one cell to the right: the same numbers there
+        c = counter(scene((row, column + size)), grid)[0]
+        assert torch.equal(c[1], a[0]) and not c[0].any()
+
+
+def test_counted_by_hand(counter):
+    m = counter(scene((30, 60), size=2))[0]                                              # rows 30, 31 and columns 60, 61: cell 5, rows 2, 3 and columns 4, 5 of 28; 16 pixels in 4 frames
+    mass, x, y = 16., 4.5 * 2 / 27 - 1, 2.5 * 2 / 27 - 1
+    assert torch.allclose(m[5, 12], torch.tensor([1., x, y]) * mass / (mass + 1), atol=1e-5)
+
+
+def test_a_common_gray_counts_nothing(counter):
+    f = scene((30, 60)); f[f == 200] = 90
+    assert not counter(f).any()
+
+
+def test_vector_with_counted_cells(episodes):
+    torch.manual_seed(0)
+    e = Encoder(EncoderConfig(**{**SMALL, 'cell_dim': 54, 'dim': 64, 'where': 2})).eval(); e.background.measure(episodes)
+    frames = torch.from_numpy(episodes['breakout'].stacks(np.arange(20, 60, 10)))
+    v, grid = e(frames)
+    assert v.shape == (4, 64) and grid.shape == (4, 54, 3, 3) and torch.allclose(v.norm(dim=1), torch.ones(4), atol=1e-5)
+    assert torch.equal(grid.flatten(2).transpose(1, 2)[..., -48:], e.background.where(frames[:, -2:], torch.ones(4, dtype=torch.long), 3, 28))
+    with pytest.raises(BookError, match='above 48'): Encoder(EncoderConfig(**{**SMALL, 'where': 2, 'dim': 0}))
+    with pytest.raises(BookError, match='0 to 4 frames'): Encoder(EncoderConfig(where=5))
 
 
 def test_calibration_standardises(episodes):

@@ -2,9 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from atari_hrvq.core import BookError
-from atari_hrvq.hrvq import ResidualVQ, Tokenizer, TokenizerConfig
-from atari_hrvq.shared import bootstrap_episodes, count_table, game_information, sharing_report
+from atari_hrvq.core import BookError, FitConfig, fit
+from atari_hrvq.encoder import frame_batches
+from atari_hrvq.frames import RandomPolicy, collect
+from atari_hrvq.hrvq import ResidualVQ, Tokenizer, TokenizerConfig, start_codebooks
+from atari_hrvq.shared import (DIRECTIONS, MotionCodes, PressedTokenizer, SharedConfig, SharedTokenizer, bootstrap_episodes, cell_direction, cell_motion, count_table,
+                               few_shot, game_information, sharing_report)
 from atari_hrvq.vq import Pass, VectorQuantizer, assign
 
 
@@ -180,3 +183,107 @@ def test_bootstrap_resamples_episodes():
     codes, game, episode = np.repeat([0, 1, 2, 3], 50), np.repeat([0, 0, 1, 1], 50), np.repeat([0, 1, 2, 3], 50)
     lo, hi = bootstrap_episodes(codes, game, episode, lambda c, g: float(len(np.unique(c))), 50)
     assert lo == 2 and hi == 4
+
+
+def test_motion_equals_a_plain_loop():
+    rng = np.random.default_rng(3)
+    pairs = (rng.random((40, 2, 84, 84)) < .002).astype(np.uint8) * rng.integers(20, 255, (40, 2, 84, 84), dtype=np.uint8)
+    motion, place = cell_motion(torch.from_numpy(pairs), 3)
+    rows, columns = (np.mgrid[:28, :28] + .5) / 28
+    for n in range(40):
+        for p in range(9):
+            cell = (slice(28 * (p // 3), 28 * (p // 3) + 28), slice(28 * (p % 3), 28 * (p % 3) + 28))
+            change = pairs[n, 1][cell].astype(int) - pairs[n, 0][cell]
+            on, off = np.maximum(change - 8, 0), np.maximum(-change - 8, 0)
+            if not on.any() and not off.any(): assert motion[n, p] == 0; continue
+            at = [(float((columns * m).sum() / m.sum()), float((rows * m).sum() / m.sum())) if m.any() else None for m in (on, off)]
+            if at[0] is None: want = 'vanishes'
+            elif at[1] is None: want = 'appears'
+            else:
+                dx, dy = at[0][0] - at[1][0], at[0][1] - at[1][1]
+                if abs(abs(dx) - abs(dy)) < 1e-6: continue
+                want = ('right' if dx > 0 else 'left') if abs(dx) >= abs(dy) else ('down' if dy > 0 else 'up')
+            assert DIRECTIONS[motion[n, p]] == want and np.allclose(place[n, p], [*(at[0] or at[1]), on.sum() + off.sum()], rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def played(): return {g: collect(g, RandomPolicy(g), 700, 0) for g in ('pong', 'breakout')}
+
+
+def pairs_of(e): return torch.from_numpy(e.stacks(e.windows(2) + 1, 2))
+
+
+@pytest.fixture(scope='module')
+def shared(played):
+    torch.manual_seed(0)
+    t = SharedTokenizer(SharedConfig(games=('pong', 'breakout'), channels=(4, 8), hidden=32, codes=64, motion=48, cell_dim=16))
+    t.background.measure(played); t.motion.measure({i: pairs_of(e) for i, e in enumerate(played.values())})
+    batches = frame_batches(played, 32, stack=2)
+    history = fit(t, batches, FitConfig(40, lr=2e-3, log_points=40), callback=start_codebooks(t, batches, 4, 0))
+    return t, history
+
+
+def test_motion_codes_use_all_words_in_each_game(played):
+    motion = MotionCodes(2, 24).measure({i: pairs_of(e) for i, e in enumerate(played.values())})
+    for i, e in enumerate(played.values()):
+        pairs = pairs_of(e); game = torch.full((len(pairs),), i)
+        words = motion(pairs, game)
+        assert torch.equal(words[:100], motion(pairs[:100], game[:100]))                     # a row depends on itself alone
+        kind = cell_motion(pairs, 3)[0]
+        assert torch.equal(words < 0, kind == 0)
+        for m in range(1, 7):                                                               # a word belongs to one motion, and the words of a motion are used alike
+            of = words[kind == m]
+            lo, hi = int(motion.first[m].min()), int(motion.first[m + 1].min()) if m < 6 else 24
+            assert ((lo <= of) & (of < hi)).all()
+            if len(of) > 40 * (hi - lo): assert torch.bincount(of - lo, minlength=hi - lo).min() > len(of) / (hi - lo) / 2.5
+    with pytest.raises(BookError, match='never measured'): MotionCodes(2, 24)(pairs, game)
+
+
+def test_shared_tokenizer_decodes_what_it_encodes(shared, played):
+    t, history = shared
+    assert history[-1]['reconstruction'] < .9 * history[0]['reconstruction'] and np.isfinite(history[-1]['quantisation'])
+    pairs = pairs_of(played['breakout'])[:60]; game = torch.ones(60, dtype=torch.long)
+    codes = t.encode(pairs)
+    assert codes.shape == (60, 9, 3) and codes.dtype == torch.uint8 and torch.equal(codes, t.encode(pairs, chunk=7))
+    words = t.motion(pairs, game)
+    assert torch.equal(codes[..., 0].long()[words >= 0], words[words >= 0]) and (codes[..., 0][words < 0] >= 48).all()
+    with torch.no_grad(): z, _ = t.features(pairs, game)
+    errors = [(z - t.embed(codes, n, game)).pow(2).mean().item() for n in range(4)]
+    assert errors[3] < errors[2] < errors[1] < errors[0] * 1.01
+    assert t.decode_foreground(codes, game=game).shape == (60, 84, 84)
+    with pytest.raises(BookError, match='depends on the game'): t.embed(codes)
+    with pytest.raises(BookError, match='T >= 2'): t.encode(pairs[:, 1:])
+
+
+def test_shared_tokenizer_saves_and_loads(shared, played, tmp_path):
+    t, _ = shared; pairs = pairs_of(played['pong'])[:20]
+    again = SharedTokenizer.from_pretrained(t.save_pretrained(tmp_path / 't'))
+    assert torch.equal(t.encode(pairs), again.encode(pairs))
+
+
+@pytest.mark.parametrize('pressure', ['centring', 'adversary', 'marginals'])
+def test_pressure_reaches_the_encoder(played, pressure):
+    batches = frame_batches(played, 16, stack=2)
+    def gradient(make):
+        torch.manual_seed(0)
+        t = make(); t.background.measure(played); frames, action, game = batches(np.random.default_rng(0))
+        t.start(*(torch.cat([batches(np.random.default_rng(k))[i] for k in range(3)]) for i in (0, 2)))
+        t.train(); torch.manual_seed(1); t.loss(frames, action, game)[0].backward()
+        return t, t.encoder.cell2.weight.grad
+    c = TokenizerConfig(games=('pong', 'breakout'), channels=(4, 8), hidden=32, codes=16, cell_dim=16, level_dropout=0.)
+    t, pressed = gradient(lambda: PressedTokenizer(c, pressure)); _, plain = gradient(lambda: Tokenizer(c))
+    assert not torch.allclose(pressed, plain, rtol=1e-4) and torch.isfinite(pressed).all()
+    if pressure == 'centring': assert t.centre.abs().sum() > 0 and (t.centre[0] != t.centre[1]).any()
+    if pressure == 'adversary': assert t.judge[0].weight.grad.abs().sum() > 0
+    with pytest.raises(BookError, match='unknown pressure'): PressedTokenizer(c, 'hope')
+
+
+def test_few_shot_moves_copies_only():
+    torch.manual_seed(0)
+    q = ResidualVQ(6, 2, 32, (.1, .1)).train(); q.start(torch.randn(500, 6)); new = torch.randn(3000, 6) * 2 + 3
+    before = {k: v.clone() for k, v in q.state_dict().items()}
+    versions = few_shot(q, new, (0, 1, 2)); again = few_shot(q, new, (2,))
+    assert all(torch.equal(v, before[k]) for k, v in q.state_dict().items())
+    assert torch.equal(versions[0].encode(new), q.eval().encode(new)) and torch.equal(versions[2].encode(new), again[2].encode(new))
+    error = [(new - v.decode(v.encode(new))).pow(2).mean().item() for v in versions.values()]
+    assert error[2] < error[1] < error[0]

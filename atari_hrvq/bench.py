@@ -116,6 +116,12 @@ def bench_dream():
         t = median_seconds(lambda: world.step(cache, action), *((15, 3) if B < 1000 else (5, 1)))
         floor = max(4 * weights / bandwidth, 2 * weights * B / flops)
         rows.append(bench_row(f'dream step batch {B}', 1000 * t, 'ms', t / floor))
+    for grid in (1, 2, 3, 4, 7):                                       # what the grid of the tokenizer costs here
+        world = WorldModel(WorldConfig(grid=grid)).eval()
+        codes = torch.randint(0, 256, (16, 9, grid ** 2, 3))
+        cache, action = world.start(codes, torch.zeros(16, 8, dtype=torch.long), torch.zeros(16, dtype=torch.long), 80), torch.zeros(16, dtype=torch.long)
+        t = median_seconds(lambda: world.step(cache, action), 9, 2)
+        rows.append(bench_row(f'dream step batch 16, {grid} x {grid} cells', 1000 * t, 'ms', t / max(4 * active_parameters(world) / bandwidth, 32 * active_parameters(world) / flops)))
     return rows
 
 BENCHES = {'frames': bench_frames, 'encoder': bench_encoder, 'quantizer': bench_quantizer, 'dream': bench_dream}

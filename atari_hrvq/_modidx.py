@@ -333,6 +333,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                  'atari_hrvq.hrvq.Tokenizer.features': ('hrvq.html#tokenizer.features', 'atari_hrvq/hrvq.py'),
                                  'atari_hrvq.hrvq.Tokenizer.game_index': ('hrvq.html#tokenizer.game_index', 'atari_hrvq/hrvq.py'),
                                  'atari_hrvq.hrvq.Tokenizer.hash': ('hrvq.html#tokenizer.hash', 'atari_hrvq/hrvq.py'),
+                                 'atari_hrvq.hrvq.Tokenizer.look': ('hrvq.html#tokenizer.look', 'atari_hrvq/hrvq.py'),
                                  'atari_hrvq.hrvq.Tokenizer.loss': ('hrvq.html#tokenizer.loss', 'atari_hrvq/hrvq.py'),
                                  'atari_hrvq.hrvq.Tokenizer.quantise': ('hrvq.html#tokenizer.quantise', 'atari_hrvq/hrvq.py'),
                                  'atari_hrvq.hrvq.Tokenizer.start': ('hrvq.html#tokenizer.start', 'atari_hrvq/hrvq.py'),

@@ -79,6 +79,7 @@ class TokenizerConfig:
     hidden: int = 256
     cell_dim: int = 64
     decay: float = .98
+    locate: float = 10.           # weight of the loss that asks the quantised cells where the rare grays are
     level_dropout: float = .1     # share of samples that are decoded from fewer levels in training
 
 # %% ../nbs/04_hrvq.ipynb #tokenizer
@@ -93,6 +94,7 @@ class Tokenizer(Pretrained):
         part = EncoderConfig(games=c.games, frames=1, channels=c.channels, hidden=c.hidden, cell_dim=c.cell_dim, grid=c.grid, dim=0, where=0)
         self.encoder, self.decoder = Encoder(part), CellDecoder(part)
         self.quantizer = ResidualVQ(c.cell_dim, c.levels, c.codes, c.commitment, c.decay)
+        self.inject, self.locate = nn.Linear(48, c.cell_dim, bias=False), nn.Linear(c.cell_dim, 48)
 
     @property
     def cells(self): return self.config.grid ** 2
@@ -103,10 +105,17 @@ class Tokenizer(Pretrained):
         require(game in self.config.games, f'this tokenizer does not know {game!r}: expected one of {", ".join(self.config.games)}')
         return self.config.games.index(game)
 
+    def look(self, frames, game=None):
+        "`(cells float [N, P, D], foreground [N, 84, 84], counted places [N, P, 48], game int64 [N])` of uint8 frames [N, T, 84, 84], of which the last counts."
+        last = check_frames(frames)[:, -1:]
+        foreground, game = self.background(last, game)
+        where = self.background.where(last, game, self.config.grid, 4 * self.encoder.side)
+        return self.encoder.cells(foreground) + self.inject(where), foreground[:, 0], where, game
+
     def features(self, frames, game=None):
         "Unquantised cells float [N, P, D] and the game int64 [N] of uint8 frames [N, T, 84, 84]."
-        foreground, game = self.background(check_frames(frames)[:, -1:], game)
-        return self.encoder.cells(foreground), game
+        z, _, _, game = self.look(frames, game)
+        return z, game
 
     @torch.no_grad()
     def start(self, frames, game):
@@ -140,12 +149,11 @@ class Tokenizer(Pretrained):
 
     def loss(self, frames, action, game):
         "Joint training on uint8 frames [B, T, 84, 84] of `game` int64 [B]; before the codebooks are started the cells pass unquantised."
-        target = self.background(frames[:, -1:], game)[0][:, 0]
-        z = self.encoder.cells(target[:, None])
+        z, target, where, _ = self.look(frames, game)
         metrics, extra = {}, 0.
         if self.started: z, extra, metrics = self.quantise(z, frames, game)
-        error = weighted_error(self.decoder(z)[:, 0], target, self.background.weight(target, game))
-        return 10 * error + extra, {'reconstruction': error, **metrics}
+        error, places = weighted_error(self.decoder(z)[:, 0], target, self.background.weight(target, game)), (self.locate(z) - where).pow(2).mean()
+        return 10 * error + self.config.locate * places + extra, {'reconstruction': error, 'places': places, **metrics}
 
     @property
     def started(self): return self.quantizer.started

@@ -22,7 +22,7 @@ def gae(r_TB, v_TB, v_next_TB, terminated_TB, ended_TB, gamma, lam):
     delta = r_TB + gamma * v_next_TB * ~terminated_TB - v_TB
     a_TB, a = torch.zeros_like(r_TB), torch.zeros_like(r_TB[0])
     for t in reversed(range(len(r_TB))):
-        a = delta[t] + gamma * lam * ~ended_TB[t] * a
+        a = delta[t] + gamma * lam * a * ~ended_TB[t]
         a_TB[t] = a
     return a_TB
 

@@ -133,14 +133,14 @@ class Tokenizer(Pretrained):
     def embed(self, codes, levels=None): return self.quantizer.decode(codes, levels)
 
     @torch.no_grad()
-    def decode_foreground(self, codes, levels=None, chunk=512):
-        "codes uint8 [N, P, L] -> float [N, 84, 84]: what differs from the background, in units of 64 gray levels."
+    def decode_foreground(self, codes, levels=None, chunk=512, game=None):
+        "codes uint8 [N, P, L] -> float [N, 84, 84]: what differs from the background, in units of 64 gray levels. `game` int64 [N] is for tokenizers whose codes depend on it."
         return torch.cat([self.decoder(self.embed(c, levels))[:, 0] for c in codes.split(chunk)])
 
     @torch.no_grad()
     def decode(self, codes, game, levels=None):
         game = torch.as_tensor(game, device=codes.device).expand(len(codes))
-        return (self.background.median[game] + 64 * self.decode_foreground(codes, levels)).clamp(0, 255)
+        return (self.background.median[game] + 64 * self.decode_foreground(codes, levels, game=game)).clamp(0, 255)
 
     def hash(self):
         "A short hash of the codebooks: a world model remembers which tokenizer its tokens came from."

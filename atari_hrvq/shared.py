@@ -14,7 +14,7 @@ from torch import nn
 from .core import FitConfig, Stage, fit, progress, require, rng_for, seed_all
 from .encoder import frame_batches, state_fidelity, weighted_error
 from .frames import load_episodes, state_labels
-from .hrvq import BALL_BOX, ResidualVQ, Tokenizer, TokenizerConfig, ball_recall, check_frames, start_codebooks
+from .hrvq import ResidualVQ, Tokenizer, TokenizerConfig, check_frames, start_codebooks
 from .vq import VectorQuantizer, usage
 
 # %% auto #0

@@ -6,7 +6,7 @@ from atari_hrvq.core import BookError, FitConfig, fit
 from atari_hrvq.encoder import frame_batches
 from atari_hrvq.frames import RandomPolicy, collect
 from atari_hrvq.hrvq import ResidualVQ, Tokenizer, TokenizerConfig, start_codebooks
-from atari_hrvq.shared import (DIRECTIONS, MotionCodes, PressedTokenizer, SharedConfig, SharedTokenizer, bootstrap_episodes, cell_direction, cell_motion, count_table,
+from atari_hrvq.shared import (DIRECTIONS, MotionCodes, PressedTokenizer, SharedConfig, SharedTokenizer, bootstrap_episodes, cell_motion, count_table,
                                few_shot, game_information, sharing_report)
 from atari_hrvq.vq import Pass, VectorQuantizer, assign
 
@@ -250,7 +250,7 @@ def test_shared_tokenizer_decodes_what_it_encodes(shared, played):
     with torch.no_grad(): z, _ = t.features(pairs, game)
     errors = [(z - t.embed(codes, n, game)).pow(2).mean().item() for n in range(4)]
     assert errors[3] < errors[2] < errors[1] < errors[0] * 1.01
-    assert t.decode_foreground(codes, game=game).shape == (60, 84, 84)
+    assert t.decode_foreground(codes, game=game).shape == t.decode(codes, game).shape == (60, 84, 84)
     with pytest.raises(BookError, match='depends on the game'): t.embed(codes)
     with pytest.raises(BookError, match='T >= 2'): t.encode(pairs[:, 1:])
 

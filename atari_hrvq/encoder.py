@@ -14,10 +14,10 @@ from .core import BookError, GAMES, FitConfig, Pretrained, Stage, count_paramete
 from .frames import ACTIONS, load_episodes, screen_positions, state_labels
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'Background', 'check_frames', 'EncoderConfig', 'Encoder', 'CellDecoder', 'PointDecoder', 'info_nce',
-           'cell_nce', 'weighted_error', 'EncoderTraining', 'frame_batches', 'MLPProbe', 'fit_probe', 'r2',
-           'probe_fidelity', 'state_fidelity', 'embed', 'temporal_ratio', 'diversity', 'state_correlation',
-           'episode_draws']
+__all__ = ['OBJECTIVES', 'Background', 'check_frames', 'cell_size', 'EncoderConfig', 'Encoder', 'CellDecoder', 'PointDecoder',
+           'info_nce', 'cell_nce', 'weighted_error', 'EncoderTraining', 'frame_batches', 'MLPProbe', 'fit_probe',
+           'labels_at', 'r2', 'probe_fidelity', 'state_fidelity', 'embed', 'learned_part', 'temporal_ratio',
+           'diversity', 'state_correlation', 'episode_draws']
 
 # %% ../nbs/02_encoder.ipynb #background
 class Background(nn.Module):
@@ -47,23 +47,27 @@ class Background(nn.Module):
         game = self.which(frames) if game is None else game
         return (frames.float() - self.median[game][:, None]) / 64, game
 
+    def rare(self, frames, game):
+        "The weight of each pixel of uint8 frames [N, T, 84, 84]."
+        place = torch.arange(84 * 84, device=frames.device).view(84, 84)
+        return self.rarity.take((game.view(-1, 1, 1, 1) * 16 + frames // 16) * 84 ** 2 + place)
+
     def weight(self, foreground, game):
         "The loss weight of each pixel of `foreground` [N, 84, 84]."
-        band = ((foreground * 64 + self.median[game]).round().clamp(0, 255) // 16).long()
-        return self.rarity[game].gather(1, band[:, None])[:, 0]
+        return self.rare((foreground * 64 + self.median[game]).round().clamp(0, 255).byte()[:, None], game)[:, 0]
 
     def where(self, frames, game, grid, size, common=.03):
         """float [N, grid^2, 48]: for each cell (`size` pixels on a side) and each of 16 bands of gray how much of it is rare there, and where.
         With the weights of the pixels that show a gray in less than `common` of all frames, summed over the T uint8 frames [N, T, 84, 84]:
         mass / (mass + 1) and the mean column and row (-1..1 in the cell), times it."""
-        device, line = frames.device, torch.arange(84, device=frames.device)
+        line = torch.arange(84, device=frames.device)
         cell, middle = line // size, (line % size) * (2 / (size - 1)) - 1
-        slot = ((cell[:, None] * grid + cell[None, :]) * 16 + frames // 16).flatten(1)
-        w = torch.stack([self.rarity[game].gather(1, (f // 16).long()[:, None])[:, 0] for f in frames.unbind(1)], 1) / 300
-        w = w * (w * 300 > 1 / (common + .003))
-        total = lambda x: torch.zeros(len(frames), grid ** 2 * 16, device=device).scatter_add_(1, slot, x.flatten(1)).view(len(frames), -1, 16)
-        mass = total(w)
-        return torch.stack([mass, total(w * middle), total(w * middle[:, None])], 3).div(mass[..., None] + 1).flatten(2)
+        w = self.rare(frames, game)
+        n, t, y, x = (w > 1 / (common + .003)).nonzero(as_tuple=True)
+        w = w[n, t, y, x] / 300
+        slot = ((n * grid + cell[y]) * grid + cell[x]) * 16 + frames[n, t, y, x] // 16
+        total = torch.zeros(len(frames) * grid ** 2 * 16, 3, device=frames.device).index_add_(0, slot, torch.stack([w, w * middle[x], w * middle[y]], 1))
+        return (total / (total[:, :1] + 1)).view(len(frames), grid ** 2, 48)
 
 # %% ../nbs/02_encoder.ipynb #check-frames
 def check_frames(frames, least=1):
@@ -74,6 +78,10 @@ def check_frames(frames, least=1):
     return frames
 
 # %% ../nbs/02_encoder.ipynb #encoder
+def cell_size(grid):
+    "Pixels on one side of a cell when 84 pixels are cut into `grid` x `grid` cells: whole features of 4 pixels, so the last cells may stick out."
+    return 4 * -(-21 // grid)
+
 @dataclass
 class EncoderConfig:
     games: tuple = GAMES          # whose backgrounds it knows
@@ -99,7 +107,7 @@ class Encoder(Pretrained):
         c1, c2 = c.channels
         require(0 <= c.where <= c.frames and (not c.where or c.cell_dim > 48), f'where must be 0 to {c.frames} frames and needs cell_dim above 48, got {c.where} and {c.cell_dim}')
         self.background = Background(c.games)
-        self.side = -(-21 // c.grid)                               # features on one side of a cell
+        self.side = cell_size(c.grid) // 4                         # features on one side of a cell
         self.conv1, self.conv2 = nn.Conv2d(c.frames, c1, 8, 4, 2), nn.Conv2d(c1, c2, 3, 1, 1)
         self.cell1, self.cell2 = nn.Linear(c2 * self.side ** 2, c.hidden), nn.Linear(c.hidden, c.cell_dim - 48 * bool(c.where))
         self.place = nn.Parameter(torch.zeros(c.grid ** 2, c.hidden))
@@ -138,7 +146,7 @@ class Encoder(Pretrained):
 
     def join(self, z, points):
         "Cells [N, P, C] and keypoints [N, K, 2] -> unit vector [N, dim]: keypoints, centroids (with `where`), a linear view of the cells."
-        parts, scale = [points.flatten(1)], [.5] * points.shape[1] * 2
+        parts, scale = [points.detach().flatten(1)], [.5] * points.shape[1] * 2              # what is asked of the vector must not move them
         if self.config.where: parts.append(self.centroids(z[..., -48:])); scale += [.3] * 32
         parts.append(self.vector(z.flatten(1)).float()); scale += [1.] * parts[-1].shape[1]
         return F.normalize(self.standard(torch.cat(parts, 1)) * torch.tensor(scale, device=z.device), dim=-1)
@@ -172,7 +180,7 @@ class CellDecoder(nn.Module):
         super().__init__()
         c = self.config = config
         c1, c2 = c.channels
-        self.side = -(-21 // c.grid)
+        self.side = cell_size(c.grid) // 4
         self.cell2, self.cell1 = nn.Linear(c.cell_dim, c.hidden), nn.Linear(c.hidden, c2 * self.side ** 2)
         self.place = nn.Parameter(torch.zeros(c.grid ** 2, c.hidden))
         self.conv2, self.conv1 = nn.Conv2d(c2, c1, 3, 1, 1), nn.Conv2d(c1, 16 * frames, 3, 1, 1)
@@ -297,6 +305,10 @@ def fit_probe(x, labels, present=None, kind='ridge', seed=0, steps=2_000):
         look = lambda q: probe(torch.from_numpy(q)).detach().numpy()
     return lambda q: look(prepare(q)) * ys + ym
 
+def labels_at(episodes, index):
+    "The triple of `state_labels` of the frames of `episodes` at `index` int [n]: (labels [n, V], names, present [n, V])."
+    return state_labels(episodes.game, episodes.ram[index])
+
 def r2(truth, guess):
     "1 - squared error / variance, of two arrays [n]."
     return float(1 - ((truth - guess) ** 2).mean() / truth.var())
@@ -323,6 +335,10 @@ def embed(encoder, episodes, index, chunk=256):
         v, z, _ = encoder.parts(torch.from_numpy(episodes.stacks(index[i:i + chunk])).to(device))
         vs.append(v.cpu()); gs.append(z.flatten(1).cpu())
     return torch.cat(vs).numpy(), torch.cat(gs).numpy()
+
+def learned_part(encoder, grid):
+    "The learned numbers of each cell, float [n, P * (C - 48)], of a `grid` [n, P * C] of `embed`."
+    return grid.reshape(len(grid), -1, encoder.config.cell_dim)[..., :-48].reshape(len(grid), -1)
 
 # %% ../nbs/02_encoder.ipynb #legacy
 def temporal_ratio(v_ND, episode, rng):

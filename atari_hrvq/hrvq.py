@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from .core import FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, progress, require, rng_for, seed_all
-from .encoder import CellDecoder, Encoder, EncoderConfig, check_frames, embed, frame_batches, state_fidelity, weighted_error
+from .encoder import CellDecoder, Encoder, EncoderConfig, cell_size, check_frames, embed, frame_batches, labels_at, state_fidelity, weighted_error
 from .frames import load_episodes, state_labels
 from .vq import VectorQuantizer, assign, residual_pass, start_levels, usage
 
@@ -109,7 +109,7 @@ class Tokenizer(Pretrained):
         "`(cells float [N, P, D], foreground [N, 84, 84], counted places [N, P, 48], game int64 [N])` of uint8 frames [N, T, 84, 84], of which the last counts."
         last = check_frames(frames)[:, -1:]
         foreground, game = self.background(last, game)
-        where = self.background.where(last, game, self.config.grid, 4 * self.encoder.side)
+        where = self.background.where(last, game, self.config.grid, cell_size(self.config.grid))
         return self.encoder.cells(foreground) + self.inject(where), foreground[:, 0], where, game
 
     def features(self, frames, game=None):

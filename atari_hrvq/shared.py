@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .core import FitConfig, Stage, fit, progress, require, rng_for, seed_all
-from .encoder import frame_batches, state_fidelity, weighted_error
-from .frames import load_episodes, state_labels
+from .encoder import cell_size, frame_batches, labels_at, state_fidelity, weighted_error
+from .frames import load_episodes
 from .hrvq import ResidualVQ, Tokenizer, TokenizerConfig, check_frames, start_codebooks
 from .vq import VectorQuantizer, usage
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'count_table', 'game_information', 'Sharing', 'sharing_report', 'moving_cells', 'cell_motion',
            'cell_direction', 'cross_meaning', 'MotionCodes', 'SharedConfig', 'SharedTokenizer', 'GradientReversal',
-           'PressedTokenizer', 'few_shot', 'bootstrap_episodes']
+           'PressedConfig', 'PressedTokenizer', 'few_shot', 'bootstrap_episodes']
 
 # %% ../nbs/05_shared.ipynb #counts
 def count_table(codes, game, games, size=256):
@@ -64,9 +64,8 @@ def moving_cells(frames, episode, grid, threshold=8):
     "bool [N, P]: cells in which a pixel changed by more than `threshold` since the previous frame of the same episode. frames uint8 [N, 84, 84]."
     change = np.zeros(frames.shape, bool)
     change[1:] = (np.abs(frames[1:].astype(np.int16) - frames[:-1]) > threshold) & (episode[1:] == episode[:-1])[:, None, None]
-    edge = np.linspace(0, 84, grid + 1).astype(int)
-    cells = [change[:, a:b, c:d].any((1, 2)) for a, b in zip(edge[:-1], edge[1:], strict=True) for c, d in zip(edge[:-1], edge[1:], strict=True)]
-    return np.stack(cells, 1)
+    edge = np.arange(grid) * cell_size(grid)
+    return np.logical_or.reduceat(np.logical_or.reduceat(change, edge, 1), edge, 2).reshape(len(frames), -1)
 
 # %% ../nbs/05_shared.ipynb #variables
 DIRECTIONS = ('still', 'right', 'left', 'down', 'up', 'appears', 'vanishes')
@@ -75,7 +74,7 @@ def cell_motion(pairs, grid, threshold=8):
     """`(motion uint8 [N, P], place float32 [N, P, 3])` of uint8 tensor pairs [N, 2, 84, 84], previous frame first.
     motion: an index into `DIRECTIONS`, from the centre of what became brighter minus the centre of what became darker;
     place: column and row (0..1 in the cell) of the centre of what became brighter (else darker), and the amount of change in gray levels."""
-    size = -(-84 // grid)
+    size = cell_size(grid)
     change = F.pad(pairs[:, 1].float() - pairs[:, 0].float(), (0, size * grid - 84, 0, size * grid - 84))
     change = change.unflatten(2, (grid, size)).unflatten(1, (grid, size)).transpose(2, 3).flatten(1, 2)            # [N, P, size, size]
     line = (torch.arange(size, device=change.device) + .5) / size
@@ -250,14 +249,20 @@ class GradientReversal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return -g
 
+@dataclass
+class PressedConfig(TokenizerConfig):
+    pressure: str = 'centring'    # or adversary, or marginals
+
 class PressedTokenizer(Tokenizer):
     "A tokenizer with a pressure on its level 0: `centring`, `adversary` or `marginals`."
-    def __init__(self, config, pressure):
+    Config = PressedConfig
+
+    def __init__(self, config):
         super().__init__(config)
-        require(pressure in ('centring', 'adversary', 'marginals'), f'unknown pressure {pressure!r}: expected centring, adversary or marginals')
-        c, self.pressure = self.config, pressure
+        c = self.config
+        require(c.pressure in ('centring', 'adversary', 'marginals'), f'unknown pressure {c.pressure!r}: expected centring, adversary or marginals')
         self.register_buffer('centre', torch.zeros(len(c.games), c.cell_dim))
-        if pressure == 'adversary': self.judge = nn.Sequential(nn.Linear(c.cell_dim, 128), nn.SiLU(), nn.Linear(128, len(c.games)))
+        if c.pressure == 'adversary': self.judge = nn.Sequential(nn.Linear(c.cell_dim, 128), nn.SiLU(), nn.Linear(128, len(c.games)))
 
     def features(self, frames, game=None):
         z, game = super().features(frames, game)
@@ -265,7 +270,7 @@ class PressedTokenizer(Tokenizer):
 
     def quantise(self, z, frames, game):
         G, book = len(self.config.games), self.quantizer.levels[0].codebook.clone()
-        if self.pressure == 'centring':
+        if self.config.pressure == 'centring':
             with torch.no_grad():
                 for g in range(G):
                     if bool((game == g).any()): self.centre[g].lerp_(z[game == g].mean((0, 1)), 1 - self.config.decay)
@@ -273,7 +278,7 @@ class PressedTokenizer(Tokenizer):
             return full + self.centre[game][:, None], cost, metrics
         full, cost, metrics = super().quantise(z, frames, game)
         flat = z.flatten(0, 1); of = game[:, None].expand(z.shape[:2]).flatten()
-        if self.pressure == 'adversary':
+        if self.config.pressure == 'adversary':
             q0 = flat + (book[torch.cdist(flat.detach(), book).argmin(1)] - flat).detach()
             return full, cost + F.cross_entropy(self.judge(GradientReversal.apply(q0)), of), metrics
         p = (-torch.cdist(flat, book).pow(2) / (z.detach().var() * z.shape[2] * .1)).softmax(1)

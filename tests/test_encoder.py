@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from atari_hrvq.core import BookError, FitConfig, fit, rng_for
-from atari_hrvq.encoder import (OBJECTIVES, Background, CellDecoder, Encoder, EncoderConfig, EncoderTraining, PointDecoder, cell_nce, diversity, embed, episode_draws,
+from atari_hrvq.encoder import (OBJECTIVES, Background, CellDecoder, Encoder, EncoderConfig, EncoderTraining, PointDecoder, cell_nce, cell_size, diversity, embed, episode_draws,
                                 fit_probe, frame_batches, info_nce, probe_fidelity, state_correlation, state_fidelity, temporal_ratio)
 from atari_hrvq.frames import RandomPolicy, collect
 
@@ -54,6 +54,13 @@ def test_every_objective_alone_teaches_the_encoder(episodes, batch, name):
     assert float(t.train().loss(*batch)[0].detach()) < before
 
 
+def test_only_their_own_objective_moves_the_keypoints(episodes, batch):
+    for name, moves in (('time', False), ('keypoints', True)):
+        t = training(episodes, weights={name: 1.})
+        t.loss(*batch)[0].backward()
+        assert (t.encoder.attention.weight.grad is not None) == moves, name
+
+
 def test_objectives_add_by_their_weights(episodes, batch):
     t = training(episodes, weights={'time': .3, 'inverse': 2.}); t.eval()
     loss, parts = t.loss(*batch)
@@ -98,7 +105,7 @@ def scene(*spots, size=3):
 @pytest.fixture(scope='module')
 def counter():
     b = Background(('pong',)); b.rarity[:] = 1.; b.rarity[0, 12] = 300.                  # gray 192 to 207 is rare everywhere
-    return lambda frames, grid=3: b.where(frames, torch.zeros(len(frames), dtype=torch.long), grid, 4 * -(-21 // grid)).view(len(frames), grid ** 2, 16, 3)
+    return lambda frames, grid=3: b.where(frames, torch.zeros(len(frames), dtype=torch.long), grid, cell_size(grid)).view(len(frames), grid ** 2, 16, 3)
 
 
 @pytest.mark.parametrize('grid', [1, 2, 3, 4, 7])

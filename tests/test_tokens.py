@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 import torch
 from atari_hrvq.core import BookError, FitConfig, fit
-from atari_hrvq.encoder import frame_batches
+from atari_hrvq.encoder import Background, cell_size, frame_batches
 from atari_hrvq.frames import RandomPolicy, collect
 from atari_hrvq.hrvq import ResidualVQ, Tokenizer, TokenizerConfig, start_codebooks
-from atari_hrvq.shared import (DIRECTIONS, MotionCodes, PressedTokenizer, SharedConfig, SharedTokenizer, bootstrap_episodes, cell_motion, count_table,
-                               few_shot, game_information, sharing_report)
+from atari_hrvq.shared import (DIRECTIONS, MotionCodes, PressedConfig, PressedTokenizer, SharedConfig, SharedTokenizer, bootstrap_episodes, cell_motion, count_table,
+                               few_shot, game_information, moving_cells, sharing_report)
 from atari_hrvq.vq import Pass, VectorQuantizer, assign
 
 
@@ -270,12 +270,29 @@ def test_pressure_reaches_the_encoder(played, pressure):
         t.start(*(torch.cat([batches(np.random.default_rng(k))[i] for k in range(3)]) for i in (0, 2)))
         t.train(); torch.manual_seed(1); t.loss(frames, action, game)[0].backward()
         return t, t.encoder.cell2.weight.grad
-    c = TokenizerConfig(games=('pong', 'breakout'), channels=(4, 8), hidden=32, codes=16, cell_dim=16, level_dropout=0.)
-    t, pressed = gradient(lambda: PressedTokenizer(c, pressure)); _, plain = gradient(lambda: Tokenizer(c))
+    c = PressedConfig(games=('pong', 'breakout'), channels=(4, 8), hidden=32, codes=16, cell_dim=16, level_dropout=0., pressure=pressure)
+    t, pressed = gradient(lambda: PressedTokenizer(c)); _, plain = gradient(lambda: Tokenizer(c))
     assert not torch.allclose(pressed, plain, rtol=1e-4) and torch.isfinite(pressed).all()
     if pressure == 'centring': assert t.centre.abs().sum() > 0 and (t.centre[0] != t.centre[1]).any()
     if pressure == 'adversary': assert t.judge[0].weight.grad.abs().sum() > 0
-    with pytest.raises(BookError, match='unknown pressure'): PressedTokenizer(c, 'hope')
+    with pytest.raises(BookError, match='unknown pressure'): PressedTokenizer(PressedConfig(pressure='hope'))
+
+
+def test_a_pressed_tokenizer_loads_again(tmp_path):
+    t = PressedTokenizer(PressedConfig(games=('pong',), channels=(4, 8), hidden=32, codes=16, cell_dim=16, pressure='adversary'))
+    t.save_pretrained(tmp_path / 't'); again = PressedTokenizer.from_pretrained(tmp_path / 't')
+    assert again.config.pressure == 'adversary' and torch.equal(again.judge[0].weight, t.judge[0].weight)
+
+
+@pytest.mark.parametrize('grid', [1, 2, 3, 4, 7])
+def test_everybody_cuts_the_same_cells(grid):
+    "A dot moves by two pixels: the cell that the encoder counts it in is the cell that moves."
+    f = np.zeros((2, 84, 84), np.uint8); f[0, 41:43, 45:47] = f[1, 41:43, 47:49] = 200
+    moving = moving_cells(f, np.zeros(2), grid)[1]
+    motion = cell_motion(torch.from_numpy(f)[None], grid)[0][0].numpy()
+    b = Background(('pong',)); b.rarity += 299
+    mass = b.where(torch.from_numpy(f[1:, None]), torch.tensor([0]), grid, cell_size(grid)).view(-1, 16, 3)[:, 12, 0].numpy()
+    assert set(np.flatnonzero(mass)) <= set(np.flatnonzero(moving)) and (moving == (motion > 0)).all()
 
 
 def test_few_shot_moves_copies_only():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .core import FitConfig, GAMES, best_device, make_adamw
-from .encoder import EncoderConfig, EncoderTraining
+from .encoder import EncoderConfig, EncoderTraining, frame_batches
 from .frames import RandomPolicy, collect
 from .hrvq import ResidualVQ
 from .moe import active_parameters
@@ -68,12 +68,14 @@ def bench_frames(steps=10_000):
 def bench_encoder(N=96):
     "Frames a second through chapter 02's encoder, forward and in a training step, and how many times its operations would take at the matmul rate."
     device, rows = best_device(), []
-    frames, game = torch.randint(0, 256, (N // 2, 5, 84, 84), dtype=torch.uint8, device=device), torch.arange(N // 2, device=device) % 3
-    training = EncoderTraining(EncoderConfig()).to(device)
+    played = {g: collect(g, RandomPolicy(g), 400, 0) for g in GAMES}
+    training = EncoderTraining(EncoderConfig())
+    training.encoder.background.measure(played); training.to(device)
+    frames, action, game = (x.to(device) for x in frame_batches(played, N // 2)(np.random.default_rng(0)))
     opt, stacks = make_adamw(training, FitConfig(1)), torch.cat([frames[:, :4], frames[:, 1:]])
     def forward():
         with torch.no_grad(): training.encoder.parts(stacks, game.repeat(2))
-    def step(): opt.zero_grad(); training.loss(frames, game, game)[0].backward(); opt.step()
+    def step(): opt.zero_grad(); training.loss(frames, action, game)[0].backward(); opt.step()
     rate = matmul_rate()
     for name, f in (('forward', forward), ('training step', step)):
         with FlopCounterMode(display=False) as count: f()
@@ -104,24 +106,17 @@ def bench_quantizer(N=65_536):
 
 # %% ../nbs/13_bench.ipynb #dream
 def bench_dream():
-    "One imagined step of the default world model; the floor is reading its active weights once, or multiplying by them, whichever is longer."
+    "One imagined step of the default world model at batch 1, 64 and 1024, and at batch 16 what the tokenizer's grid costs here; the floor is reading the active weights once, or multiplying by them, whichever is longer."
     torch.manual_seed(0)
-    world, rows = WorldModel(WorldConfig()).eval(), []
-    weights, big, square = active_parameters(world), torch.randn(8_000_000), torch.randn(1024, 1024)
+    rows, big, square = [], torch.randn(8_000_000), torch.randn(1024, 1024)
     bandwidth = big.numel() * 4 / median_seconds(lambda: big.sum())
     flops = 2 * 1024 ** 3 / median_seconds(lambda: square @ square)
-    for B in (1, 64, 1024):
-        codes, game = torch.randint(0, 256, (B, 9, 9, 3)), torch.zeros(B, dtype=torch.long)
-        cache, action = world.start(codes, torch.zeros(B, 8, dtype=torch.long), game, 80), torch.zeros(B, dtype=torch.long)
-        t = median_seconds(lambda: world.step(cache, action), *((15, 3) if B < 1000 else (5, 1)))
-        floor = max(4 * weights / bandwidth, 2 * weights * B / flops)
-        rows.append(bench_row(f'dream step batch {B}', 1000 * t, 'ms', t / floor))
-    for grid in (1, 2, 3, 4, 7):                                       # what the grid of the tokenizer costs here
+    for B, grid in ((1, 3), (64, 3), (1024, 3), *((16, g) for g in (1, 2, 3, 4, 7))):
         world = WorldModel(WorldConfig(grid=grid)).eval()
-        codes = torch.randint(0, 256, (16, 9, grid ** 2, 3))
-        cache, action = world.start(codes, torch.zeros(16, 8, dtype=torch.long), torch.zeros(16, dtype=torch.long), 80), torch.zeros(16, dtype=torch.long)
-        t = median_seconds(lambda: world.step(cache, action), 9, 2)
-        rows.append(bench_row(f'dream step batch 16, {grid} x {grid} cells', 1000 * t, 'ms', t / max(4 * active_parameters(world) / bandwidth, 32 * active_parameters(world) / flops)))
+        none, weights = torch.zeros(B, dtype=torch.long), active_parameters(world)
+        cache = world.start(torch.randint(0, 256, (B, 9, grid ** 2, 3)), torch.zeros(B, 8, dtype=torch.long), none, 80)
+        t = median_seconds(lambda: world.step(cache, none), *((15, 3) if B < 1000 else (5, 1)))
+        rows.append(bench_row(f'dream step batch {B}, {grid} x {grid} cells', 1000 * t, 'ms', t / max(4 * weights / bandwidth, 2 * weights * B / flops)))
     return rows
 
 BENCHES = {'frames': bench_frames, 'encoder': bench_encoder, 'quantizer': bench_quantizer, 'dream': bench_dream}

@@ -82,7 +82,11 @@ def module_closure(names, package=None):
 def stage_key(root, s, parameters, done):
     "SHA-256 over code cells, imported modules, parameters, and the keys and files of what stage `s` needs (`done`: the manifest's stages)."
     cells = code_cells(root / 'nbs' / f'{s.name}.ipynb')
-    modules = module_closure(set().union(*(package_imports(_python(c)) for c in cells)), root / 'atari_hrvq')
+    imported = set()
+    for c in cells:
+        try: imported |= package_imports(_python(c))
+        except SyntaxError as e: raise BookError(f'{s.name}.ipynb has a cell that is not Python: {e.msg} in "{(e.text or "").strip()}" (line {e.lineno} of the cell): correct it') from None
+    modules = module_closure(imported, root / 'atari_hrvq')
     sources = [(root / 'atari_hrvq' / f'{m}.py').read_text() for m in modules]
     needed = [[done.get(n, {}).get('key'), done.get(n, {}).get('files')] for n in s.needs]
     return hashlib.sha256(json.dumps([cells, sources, parameters, needed], sort_keys=True).encode()).hexdigest()

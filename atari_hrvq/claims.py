@@ -33,7 +33,7 @@ CLAIMS = [Claim(*c) for c in (
     ('Q4', 'one codebook over the joint games fills in two epochs', 'perplexity about 240 in 2 epochs', 240., 1, '05_shared'),
     ('H1', 'three residual levels stay fully used', 'perplexity 240/229/228', 232., 1, '04_hrvq'),
     ('H2', 'the residual levels restore what one level loses', 'cosine 0.40 -> 0.73', .73, 1, '04_hrvq'),
-    ('H3', 'graded commitment 0.05/0.25/0.60 makes level 0 coarse and shared', '"forced"', None, 1, '04_hrvq'),
+    ('H3', 'graded commitment 0.05/0.25/0.60 makes level 0 coarse and shared', '"forced"', None, 1, '05_shared'),
     ('H4', 'half of level 0 is shared by all three games', '125/256 codes', 125., 1, '05_shared'),
     ('H5', 'shared codes mean background, motion, edges', 'assumed', None, 1, '05_shared'),
     ('W1', 'a hierarchical transformer with a different number of experts in each layer', 'first of its kind', None, 1, '07_world'),

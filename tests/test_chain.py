@@ -149,6 +149,11 @@ def test_keys_follow_code_parameters_and_upstream(tmp_path):
     assert len(set(keys)) == 3 and keys[0] == keys[3]
 
 
+def test_a_cell_that_is_not_python_is_named(tmp_path):
+    root, stage = small_book(tmp_path, 'x = (1'), book.STAGES[0]
+    with pytest.raises(BookError, match=f'{stage.name}.ipynb has a cell that is not Python: .*x = \\(1'): book.stage_key(root, stage, {}, {})
+
+
 def test_stop_and_second_chain(tmp_path, capsys):
     run = tmp_path / 'r'
     chain = subprocess.Popen([COMMAND, 'run', '--run', run, '--profile', 'smoke', '--from', '06', '--to', '06'], cwd=ROOT, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

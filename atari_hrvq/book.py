@@ -38,7 +38,8 @@ STAGES = [StageSpec(*s) for s in (
     ('10_agent', 'agent', ('01_frames', '04_hrvq', '07_world')),
     ('11_evaluate', 'scores', ('09_ppo', '10_agent')),
     ('A1_foundation', 'foundation model', ('01_frames', '02_encoder')),
-    ('12_claims', 'ledger', (*(f'{i:02d}_{n}' for i, n in enumerate(('frames', 'encoder', 'vq', 'hrvq', 'shared', 'moe', 'world', 'dream', 'ppo', 'agent', 'evaluate'), 1)), 'A1_foundation')),
+    ('A2_ablations', 'ablations', ('01_frames', '04_hrvq')),
+    ('12_claims', 'ledger', (*(f'{i:02d}_{n}' for i, n in enumerate(('frames', 'encoder', 'vq', 'hrvq', 'shared', 'moe', 'world', 'dream', 'ppo', 'agent', 'evaluate'), 1)), 'A1_foundation', 'A2_ablations')),
     ('90_explore', 'explorer', ('01_frames', '04_hrvq', '05_shared')))]
 
 def find_stage(text):

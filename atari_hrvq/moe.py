@@ -4,14 +4,15 @@
 
 # %% ../nbs/06_moe.ipynb #imports
 from __future__ import annotations
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import FitConfig, Stage, count_parameters, derive, fit, require, rng_for
+from .core import FitConfig, Stage, count_parameters, derive, fit, progress, require, rng_for
 
 # %% auto #0
-__all__ = ['swiglu', 'Permute', 'grouped', 'grouped_kernel', 'MoEConfig', 'MixtureOfExperts', 'active_parameters']
+__all__ = ['swiglu', 'Permute', 'grouped', 'grouped_kernel', 'MoEConfig', 'MixtureOfExperts', 'active_parameters', 'without',
+           'prune_experts']
 
 # %% ../nbs/06_moe.ipynb #expert
 def swiglu(x_ND, inner_D2H, outer_HD):
@@ -112,3 +113,43 @@ def active_parameters(module):
     for m in module.modules():
         if isinstance(m, MixtureOfExperts): idle += (m.inner[0].numel() + m.outer[0].numel()) * (m.config.experts - m.config.top_k)
     return count_parameters(module) - idle
+
+# %% ../nbs/06_moe.ipynb #prune
+def without(moe, expert, affinity=None):
+    """A copy of a `MixtureOfExperts` without one `expert`. `affinity` float [E]: the mean affinities of the tokens; the last expert of a layer
+    is no longer weighted by its router, so its output is scaled by its own."""
+    c = moe.config
+    require(c.experts > 1 and 0 <= expert < c.experts, f'expert must be 0 to {c.experts - 1} of a layer with at least two, got {expert} of {c.experts}')
+    keep = [e for e in range(c.experts) if e != expert]
+    new = MixtureOfExperts(replace(c, experts=len(keep), top_k=min(c.top_k, len(keep)))).to(moe.inner.device).train(moe.training)
+    with torch.no_grad():
+        for name, p in new.named_parameters():
+            old = getattr(moe, name)
+            p.copy_(old[:, keep] if name == 'router' else old if name.startswith('shared') else old[keep])
+        if len(keep) > 1: new.bias.copy_(moe.bias[keep])
+        elif affinity is not None: new.outer *= affinity[keep[0]]
+    return new
+
+@torch.no_grad()
+def prune_experts(module, loss, keep, least_missed=True, seed=0):
+    """Take experts out of the `MixtureOfExperts` inside `module`, in place, until `keep` are left in all; each time the one whose absence raises
+    `loss()` least (`least_missed=False`: one at random, the null). Returns the counts and `[(layer, expert, loss without it)]`."""
+    names = [n for n, m in module.named_modules() if isinstance(m, MixtureOfExperts)]
+    count = lambda: [module.get_submodule(n).config.experts for n in names]
+    require(len(names) <= keep <= sum(count()), f'keep must lie between one expert a layer and all of them, {len(names)} and {sum(count())}, got {keep}')
+    rng, taken = rng_for(seed, 'prune'), []
+    for _ in progress(range(sum(count()) - keep), 'prune'):
+        affinity = {}
+        def look(m, args, n): affinity[n] = torch.sigmoid(args[0].reshape(-1, m.config.dim).float() @ m.router.float()).mean(0)
+        hooks = [m.register_forward_pre_hook(lambda m, args, n=n: look(m, args, n)) for n in names if (m := module.get_submodule(n)).config.experts > 1]
+        loss()
+        for h in hooks: h.remove()
+        can, missed = [(n, e) for n in affinity for e in range(len(affinity[n]))], {}
+        for n, e in can if least_missed else [can[rng.integers(len(can))]]:
+            whole = module.get_submodule(n)
+            module.set_submodule(n, without(whole, e, affinity[n]))
+            missed[n, e] = float(loss())
+            module.set_submodule(n, whole)
+        n, e = min(missed, key=missed.get)
+        module.set_submodule(n, without(module.get_submodule(n), e, affinity[n])); taken.append((names.index(n), e, missed[n, e]))
+    return count(), taken

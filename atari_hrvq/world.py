@@ -16,8 +16,9 @@ from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
-__all__ = ['Tokens', 'tokenise', 'token_batches', 'rope', 'WorldConfig', 'Block', 'LevelHeads', 'choose', 'WorldOutput', 'Cache',
-           'Step', 'WorldModel', 'token_accuracy', 'f1']
+__all__ = ['Tokens', 'tokenise', 'token_batches', 'rope', 'WorldConfig', 'Block', 'LevelHeads', 'choose', 'symlog', 'symexp',
+           'reward_bins', 'two_hot', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step', 'WorldModel',
+           'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -89,7 +90,13 @@ class WorldConfig:
     shared_hidden: int = 128            # width of the shared expert
     top_k: int = 1
     cell_hidden: int = 128              # width of the heads
-    history: int = 3                    # frames that the local convolution sees
+    history: int = 3                    # frames that the local convolution sees; 0 for no convolution
+    distance: bool = True               # logits from distances to the codebook beside the free ones
+    bins: int = 41                      # of the two-hot reward, evenly over symlog rewards of -8 to 8
+    ahead: int = 8                      # steps whose rewards are predicted from one state
+    contrast: int = 10                  # steps of contrastive prediction; 0 switches it off
+    contrast_weight: float = .2
+    corrupt: float = .1                 # up to this share of a window's codes is replaced in training
     tokenizer: str = ''                 # hash of the tokenizer whose codes it predicts
 
 # %% ../nbs/07_world.ipynb #block
@@ -130,7 +137,7 @@ class LevelHeads(nn.Module):
         self.config, P, H = c, c.grid ** 2, c.cell_hidden
         self.register_buffer('codebook', torch.zeros(c.levels, c.codes, c.cell_dim))   # already scaled
         self.from_trunk = nn.Linear(c.dim, P * H)
-        self.local = nn.Conv2d(c.history * c.cell_dim, H, 3, padding=1)
+        if c.history: self.local = nn.Conv2d(c.history * c.cell_dim, H, 3, padding=1)
         self.place = nn.Parameter(torch.zeros(P, H))
         self.scene = nn.Embedding(P * c.codes, H)                 # level-0 codes of all cells, summed
         self.chosen = nn.ModuleList(nn.Embedding(c.codes, H) for _ in range(c.levels - 1))
@@ -141,15 +148,17 @@ class LevelHeads(nn.Module):
         self.register_buffer('offset', torch.arange(P) * c.codes, persistent=False)
 
     def features(self, h_ND, history_N):
-        "[N, P, H] from trunk states [N, D] and cell vectors of the last frames [N, history, P, cell_dim]."
+        "[N, P, H] from trunk states [N, D] and cell vectors of the last frames, `history` or more [N, h, P, cell_dim]."
         c = self.config
         N, G = len(h_ND), c.grid
-        local = self.local(history_N.permute(0, 1, 3, 2).reshape(N, -1, G, G))
-        return self.from_trunk(h_ND).view(N, G * G, -1) + local.flatten(2).transpose(1, 2) + self.place
+        f = self.from_trunk(h_ND).view(N, G * G, -1) + self.place
+        if not c.history: return f
+        return f + self.local(history_N[:, -c.history:].permute(0, 1, 3, 2).reshape(N, -1, G, G)).flatten(2).transpose(1, 2)
 
     def level(self, l, f, z):
         "Logits [N, P, K] of level `l` and the shifted vector, from features and what is left of the predicted vector."
         z = z + self.shift[l](f)
+        if not self.config.distance: return self.free[l](f), z
         book = self.codebook[l]
         distance = book.pow(2).sum(1) - 2 * z @ book.T
         return self.free[l](f) - self.log_scale[l].exp() * distance, z
@@ -184,11 +193,86 @@ def choose(logits, temperature, generator=None):
     u = torch.rand(p.shape[:-1] + (1,), generator=generator, device=p.device if generator is None else generator.device).to(p.device)
     return (p < u * p[..., -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
 
+# %% ../nbs/07_world.ipynb #reward
+def symlog(x): return x.sign() * x.abs().log1p()
+def symexp(x): return x.sign() * x.abs().expm1()
+
+def reward_bins(n, reach=8.):
+    "`n` (odd) symlog rewards from -`reach` to `reach`; the middle one is exactly 0."
+    return (torch.arange(n) - n // 2) * (2 * reach / (n - 1))
+
+def two_hot(x, bins):
+    "Weights [..., n] on the two of the sorted `bins` [n] beside each value of `x` [...], whose mean is `x`; values outside go to the last bin."
+    x = x.clamp(bins[0], bins[-1])
+    high = torch.searchsorted(bins, x).clamp(1, len(bins) - 1)
+    up = (x - bins[high - 1]) / (bins[high] - bins[high - 1])
+    out = torch.zeros(*x.shape, len(bins), device=x.device)
+    return out.scatter(-1, (high - 1)[..., None], (1 - up)[..., None]).scatter(-1, high[..., None], up[..., None])
+
+class RewardHead(nn.Module):
+    "States float [..., D] -> logits [..., A, n] of the rewards of this and the next A - 1 steps."
+    def __init__(self, c):
+        super().__init__()
+        require(c.bins % 2 and c.ahead >= 1, f'bins must be odd, so that one of them is 0, and ahead at least 1, got {c.bins} and {c.ahead}')
+        self.net, self.ahead = nn.Sequential(nn.Linear(c.dim, 128), nn.SiLU(), nn.Linear(128, c.ahead * c.bins)), c.ahead
+        self.register_buffer('bins', reward_bins(c.bins))
+
+    def forward(self, h): return self.net(h).unflatten(-1, (self.ahead, -1))
+
+    def loss(self, logits, rewards, live):
+        "`(cross-entropy of this step's reward, mean over the later ones)` of logits [B, T, A, n], rewards [B, T] and `live` bool [B, T]: whether the game goes on after the step."
+        target, log_p = two_hot(symlog(rewards), self.bins), logits.float().log_softmax(-1)
+        losses, reach = [-(target * log_p[:, :, 0]).sum(-1).mean()], torch.ones_like(live)
+        for k in range(1, min(self.ahead, rewards.shape[1])):
+            reach = reach[:, :-1] & live[:, k - 1:-1]                         # steps t whose game goes on until t + k
+            if bool(reach.any()): losses.append(-(target[:, k:] * log_p[:, :-k, k]).sum(-1)[reach].mean())
+        return losses[0], sum(losses[1:]) / max(1, len(losses) - 1)
+
+    def sign(self, logits):
+        "Expected sign of this step's reward, -1..1, from logits [..., A, n]."
+        p = logits[..., 0, :].float().softmax(-1)
+        return p[..., self.bins > 0].sum(-1) - p[..., self.bins < 0].sum(-1)
+
+    def points(self, logits):
+        "Expected reward of this step in the game's own points."
+        return (logits[..., 0, :].float().softmax(-1) * symexp(self.bins)).sum(-1)
+
+# %% ../nbs/07_world.ipynb #contrast
+class Contrast(nn.Module):
+    "Action-conditioned contrastive prediction of the cells `k` = 1..K steps ahead; `loss` is in nats, weighted by .75^(k - 1)."
+    def __init__(self, c, width=128, hide=.1, discount=.75):
+        super().__init__()
+        self.steps, self.hide, self.discount = c.contrast, hide, discount
+        self.actions, self.step = nn.Embedding(c.contrast * ACTIONS, c.dim), nn.Embedding(c.contrast, c.dim)
+        nn.init.normal_(self.actions.weight, std=.1)
+        self.predict = nn.Sequential(nn.RMSNorm(c.dim), nn.Linear(c.dim, 256), nn.SiLU(), nn.Linear(256, width))
+        self.view = nn.Sequential(nn.Linear(c.grid ** 2 * c.cell_dim, 256), nn.SiLU(), nn.Linear(256, width))
+
+    def loss(self, h_BTD, next_BTPC, actions_BT, known_BT):
+        "States, the cell vectors of the frames that follow them, the actions, and where such a frame exists."
+        B, T, P, _ = next_BTPC.shape
+        shown = next_BTPC * (torch.rand(B, T, P, 1, device=h_BTD.device) >= self.hide)
+        keys = F.normalize(self.view(shown.flatten(2)), dim=-1)
+        total, weight, given = 0., 0., 0.
+        for k in range(min(self.steps, T)):
+            if k: given = given[:, :T - k] if k > 1 else 0.
+            if k: given = given + self.actions(actions_BT[:, k:] + (k - 1) * ACTIONS)
+            query = F.normalize(self.predict(h_BTD[:, :T - k] + given + self.step.weight[k]), dim=-1)
+            m = known_BT[:, k:] & known_BT[:, :T - k]
+            if not bool(m.any()): break
+            total = total + self.discount ** k * self.nce(query[m], keys[:, k:][m])
+            weight += self.discount ** k
+        return total / max(weight, 1e-9)
+
+    @staticmethod
+    def nce(query_ND, key_ND, temperature=.1):
+        return F.cross_entropy(query_ND @ key_ND.T / temperature, torch.arange(len(query_ND), device=query_ND.device))
+
 # %% ../nbs/07_world.ipynb #world
 class WorldOutput(NamedTuple):
     hidden: torch.Tensor       # [B, T, D]
     logits: list               # L tensors [B, T, P, K]
-    reward: torch.Tensor       # [B, T, 3]: logits of a negative, zero, positive reward
+    reward: torch.Tensor       # [B, T, A, n]: logits of the two-hot rewards of this and the next A - 1 steps
     proceed: torch.Tensor      # [B, T]: logit that the game goes on
     aux: list                  # per layer: what the experts report
 
@@ -207,9 +291,10 @@ class Step(NamedTuple):
     codes: torch.Tensor        # int64 [B, P, L]: the next frame's tokens
     reward: torch.Tensor       # [B]: expected sign of the reward
     proceed: torch.Tensor      # [B]: probability that the game goes on
+    points: torch.Tensor       # [B]: expected reward in the game's own points
 
 class WorldModel(Pretrained):
-    "Predicts the next tokens of a game. Rewards are predicted as signs (-1, 0, 1)."
+    "Predicts the next tokens of a game, its reward, and whether it goes on."
     Config = WorldConfig
 
     def __init__(self, config):
@@ -220,8 +305,8 @@ class WorldModel(Pretrained):
         self.see, self.act, self.game = nn.Linear(P * c.cell_dim, c.dim), nn.Embedding(ACTIONS, c.dim), nn.Embedding(len(c.games), c.dim)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(len(c.experts)))
         self.norm, self.heads = nn.RMSNorm(c.dim), LevelHeads(c)
-        small = lambda n: nn.Sequential(nn.Linear(c.dim, 128), nn.SiLU(), nn.Linear(128, n))
-        self.reward, self.proceed = small(3), small(1)
+        self.reward, self.proceed = RewardHead(c), nn.Sequential(nn.Linear(c.dim, 128), nn.SiLU(), nn.Linear(128, 1))
+        if c.contrast: self.contrast = Contrast(c)
 
     @classmethod
     def for_tokenizer(cls, tokenizer, **options):
@@ -257,7 +342,7 @@ class WorldModel(Pretrained):
 
     def recent(self, z_BTPD):
         "[B, T, history, P, D]: cell vectors of the last frames up to each step; the first frame is repeated."
-        n = self.config.history
+        n = max(2, self.config.history)                                      # an agent sees two
         padded = torch.cat([z_BTPD[:, :1].expand(-1, n - 1, -1, -1), z_BTPD], 1)
         return torch.stack([padded[:, i:i + z_BTPD.shape[1]] for i in range(n)], 2)
 
@@ -270,13 +355,21 @@ class WorldModel(Pretrained):
         return WorldOutput(h, [x.unflatten(0, (B, T)) for x in logits], self.reward(h), self.proceed(h)[..., 0], aux)
 
     def loss(self, codes, actions, rewards, done, game, following, known):
-        "Sum of cross-entropies (nats a token, a reward, an ending) and the experts' balance; see `token_batches` for the shapes."
-        out = self(codes, actions, game, following)
+        "Sum of cross-entropies (nats a token, a reward, an ending), the contrast and the experts' balance; see `token_batches` for the shapes."
+        c, out = self.config, self(self.corrupted(codes) if self.training and self.config.corrupt else codes, actions, game, following)
         parts = {f'level_{l}': F.cross_entropy(x[known].flatten(0, 1).float(), following[known][..., l].long().flatten()) for l, x in enumerate(out.logits)}
-        parts['reward'] = F.cross_entropy(out.reward.flatten(0, 1).float(), (rewards.sign() + 1).long().flatten())
+        parts['reward'], parts['rewards_ahead'] = self.reward.loss(out.reward, rewards, known & ~done)
         parts['proceed'] = F.binary_cross_entropy_with_logits(out.proceed.float(), 1 - done.float())
-        balance = sum(a['balance_loss'] for a in out.aux)
-        return sum(parts.values()) + balance, {**parts, 'balance': balance}
+        total = sum(parts.values()) + (balance := sum(a['balance_loss'] for a in out.aux))
+        if c.contrast:
+            parts['contrast'] = self.contrast.loss(out.hidden, self.vectors(following), actions, known)
+            total = total + c.contrast_weight * parts['contrast']
+        return total, {**parts, 'balance': balance}
+
+    def corrupted(self, codes):
+        "`codes` with up to `corrupt` of them, a share drawn for each window, replaced by the codes of the same cell and level in another window: what a dream makes of itself."
+        share = torch.rand(len(codes), 1, 1, 1, device=codes.device) * self.config.corrupt
+        return torch.where(torch.rand(codes.shape, device=codes.device) < share, codes[torch.randperm(len(codes), device=codes.device)], codes)
 
 # %% ../nbs/07_world.ipynb #dreaming
 def _start(self, codes_BCPL, actions_BC1, game_B, capacity):
@@ -312,8 +405,8 @@ def _step(self, cache, action_B, temperature=(.5, 0., 0.), generator=None):
     codes = self.heads.sample(h, cache.history, temperature, generator)
     cache.length, cache.hidden, cache.codes = cache.length + 1, h, codes
     cache.history = torch.cat([cache.history[:, 1:], self.vectors(codes)[:, None]], 1)
-    p = self.reward(h).float().softmax(-1)
-    return Step(codes, p[:, 2] - p[:, 0], torch.sigmoid(self.proceed(h)[:, 0].float()))
+    reward = self.reward(h)
+    return Step(codes, self.reward.sign(reward), torch.sigmoid(self.proceed(h)[:, 0].float()), self.reward.points(reward))
 
 WorldModel.start, WorldModel.restart, WorldModel.step = (torch.no_grad()(f) for f in (_start, _restart, _step))
 
@@ -329,7 +422,7 @@ def token_accuracy(world, tokens, game, length, windows=64, seed=0):
     for l, logits in enumerate(out.logits):
         right, m = (logits.argmax(-1) == following[..., l])[known], moved[..., l][known]
         result[f'all_{l}'], result[f'changed_{l}'], result[f'copy_{l}'] = (float(x.float().mean()) for x in (right, right[m], ~m))
-    result['reward_f1'] = f1(out.reward.argmax(-1) != 1, rewards != 0)
+    result['reward_f1'] = f1(world.reward.sign(out.reward).abs() > .5, rewards != 0)
     result['done_f1'] = f1(out.proceed < 0, done)
     return result
 

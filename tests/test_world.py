@@ -42,7 +42,7 @@ def perfect(model, data):
     "Accuracy of the next state, of the reward, and F1 of endings, teacher forced, over windows of unseen play."
     codes, actions, rewards, done, game, following, known = token_batches({'breakout': data}, 512, 8)(np.random.default_rng(9))
     with torch.no_grad(): out = model(codes, actions, game, following)
-    return (float((out.logits[0].argmax(-1) == following[..., 0])[known].float().mean()), float(((out.reward.argmax(-1) - 1) == rewards).float().mean()),
+    return (float((out.logits[0].argmax(-1) == following[..., 0])[known].float().mean()), float((model.reward.sign(out.reward).round() == rewards).float().mean()),
             f1(out.proceed < 0, done))
 
 
@@ -55,6 +55,34 @@ def test_a_shift_by_one_is_noticed(learnt, wrong):
     d = toy(seed=1); roll = lambda x: torch.roll(x, 1)
     shifted = Tokens(d.codes, roll(d.actions) if wrong == 'action' else d.actions, roll(d.rewards) if wrong == 'reward' else d.rewards, roll(d.done) if wrong == 'done' else d.done, d.episode)
     assert min(perfect(learnt, shifted)) < .97
+
+
+def test_the_contrast_needs_the_actions(learnt):
+    "Told other actions than were played, the model picks the wrong frames."
+    codes, actions, _, _, game, following, known = token_batches({'breakout': toy(seed=1)}, 64, 8)(np.random.default_rng(0))
+    with torch.no_grad():
+        h, z = learnt(codes, actions, game, following).hidden, learnt.vectors(following)
+        torch.manual_seed(0); right = learnt.contrast.loss(h, z, actions, known)
+        torch.manual_seed(0); wrong = learnt.contrast.loss(h, z, actions[torch.randperm(64)], known)
+    assert right < wrong
+
+
+def test_corruption_stays_in_training_and_below_its_share():
+    torch.manual_seed(0)
+    model = make(); batch = token_batches({'breakout': toy()}, 64, 8)(np.random.default_rng(0))
+    changed = (model.corrupted(batch[0]) != batch[0]).float().mean()
+    assert 0 < changed < model.config.corrupt
+    model.eval(); torch.manual_seed(1); a = model.loss(*batch)[1]['level_0']; torch.manual_seed(2); b = model.loss(*batch)[1]['level_0']
+    model.train(); c = model.loss(*batch)[1]['level_0']
+    assert a == b != c
+
+
+def test_a_reward_is_told_before_it_comes(learnt):
+    "In state 5, two steps from the reward, a reward is likelier one and two steps ahead than in state 1."
+    d = toy(seed=1); codes, actions, _, _, game, following, _ = token_batches({'breakout': d}, 400, 8)(np.random.default_rng(1))
+    with torch.no_grad(): p = learnt(codes, actions, game, following).reward.softmax(-1)[..., learnt.reward.bins > 0].sum(-1)   # [B, T, A]
+    state = codes[..., 0, 0]
+    assert p[state == 5][:, 1:3].sum(1).mean() > .2 + p[state == 1][:, 1:3].sum(1).mean()
 
 
 def test_nothing_is_asked_after_an_ending():

@@ -12,11 +12,12 @@ from gymnasium.vector import AutoresetMode
 from .core import BookError, Stage, progress, require, rng_for
 from .encoder import fit_probe
 from .frames import ACTIONS, LegalActions, action_mask, load_episodes, state_labels
-from .hrvq import Tokenizer
-from .world import WorldModel, tokenise
+from .hrvq import BALL_BOX, Tokenizer, ball_position
+from .world import WorldModel, token_batches, tokenise
 
 # %% auto #0
-__all__ = ['Contexts', 'observation_size', 'observe', 'DreamVectorEnv', 'DreamEnv', 'make_dream', 'open_loop', 'position_probes']
+__all__ = ['Contexts', 'observation_size', 'observe', 'DreamVectorEnv', 'DreamEnv', 'make_dream', 'open_loop', 'position_probes',
+           'extrapolate', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -177,3 +178,19 @@ def position_probes(tokenizer, tokens, episodes, kind='mlp', seed=0, only=None):
     if not keep: return {}
     probe = fit_probe(look(tokens.codes), labels[:, keep], present[:, keep], kind, seed, 400)
     return {names[v]: lambda codes, i=i: probe(look(codes))[:, i] for i, v in enumerate(keep)}
+
+# %% ../nbs/08_dream.ipynb #linear
+def extrapolate(before, now, steps, low, high):
+    "float [H, S]: positions `now` [S] moved on by `now - before` for 1 to `steps` steps, reflected at `low` and `high`."
+    x = now + np.arange(1, steps + 1)[:, None] * (now - before) - low
+    width = max(high - low, 1e-6)
+    x = np.abs((x + width) % (2 * width) - width)                              # a triangle wave: in range it is x itself
+    return x + low
+
+# %% ../nbs/08_dream.ipynb #calibration
+def reliability(p, hit, bins=10):
+    "`(mean p, share of hits, count)` of each occupied one of `bins` equal bins, and the expected calibration error, of probabilities [N] and bool [N]."
+    p, hit = np.asarray(p, float), np.asarray(hit, float)
+    at = np.minimum((p * bins).astype(int), bins - 1)
+    rows = [(float(p[m].mean()), float(hit[m].mean()), int(m.sum())) for b in range(bins) if (m := at == b).any()]
+    return rows, float(sum(n * abs(a - b) for a, b, n in rows) / len(p))

@@ -133,31 +133,54 @@ class MotionCodes(nn.Module):
         "Column and row [..., 2] with a tie-breaking shift of less than half a pixel, drawn from the amount of change."
         return place[..., :2] + (torch.stack([place[..., 2] * .618, place[..., 2] * .755], -1) % 1 - .5) * .5 / 28
 
+    @staticmethod
+    def columns_of(n): return np.array([len(part) for part in np.array_split(np.arange(n), max(1, int(n ** .5)))])   # rows in each column
+
+    @classmethod
+    def cuts(cls, at, n):
+        "Quantiles of places [N, 2] that make `n` equally likely words: the cuts between columns [c], and for each column those between its rows."
+        rows = cls.columns_of(n)
+        columns = torch.quantile(at[:, 0], torch.from_numpy(np.cumsum(rows)[:-1] / n).float())
+        inside = [at[(at[:, :1] > columns).sum(1) == c, 1] for c in range(len(rows))]
+        return columns, [torch.quantile(y, torch.arange(1, h) / h) if h > 1 and len(y) else torch.full((h - 1,), torch.inf) for y, h in zip(inside, rows, strict=True)]
+
+    def supported(self, places, n, limit=.08):
+        "Do `n` words for the places [N, 2] of one motion in each game stay below `limit` bits of information about the game?"
+        words, games, first = [], [], np.cumsum(self.columns_of(n)) - self.columns_of(n)
+        for g, at in enumerate(places):
+            if len(at) < 2 * n: continue
+            columns, rows = self.cuts(at, n)
+            column = (at[:, :1] > columns).sum(1)
+            words += [first[c] + (at[column == c, 1:] > r).sum(1).numpy() for c, r in enumerate(rows)]; games += [np.full(len(at), g)]
+        order = {g: i for i, g in enumerate(dict.fromkeys(int(x[0]) for x in games))}
+        return len(order) < 2 or game_information(count_table(np.concatenate(words), np.concatenate([np.full(len(x), order[int(x[0])]) for x in games]), len(order), n)) <= limit
+
     def measure(self, pairs):
         seen = {}
         for g, some in pairs.items():
             parts = [cell_motion(p, self.grid) for p in some.split(500)]
             motion, place = torch.cat([m.flatten() for m, _ in parts]), torch.cat([p.flatten(0, 1) for _, p in parts])
             seen[g] = {m: self.jitter(place[motion == m]) for m in range(1, 7)}
-        share = np.mean([[len(of[m]) / max(1, sum(map(len, of.values()))) for m in range(1, 7)] for of in seen.values()], 0)
-        many = np.maximum(1, np.floor(share * self.codes)).astype(int)                       # codes of each motion, by its share over all games
-        while many.sum() != self.codes: many[np.argmax(share * self.codes - many if many.sum() < self.codes else many - share * self.codes)] += np.sign(self.codes - many.sum())
+        share = np.min([[len(of[m]) / max(1, sum(map(len, of.values()))) for m in range(1, 7)] for of in seen.values()], 0)
+        sizes = [n for n in (1, 2, 3, 4, 6, 9, 12, 16, 20, 25, 30, 36, 42, 49, 56, 64, 81, 100, 128, 256) if n <= self.codes]
+        most = np.array([max(n for n in sizes if n == 1 or self.supported([of[m] for of in seen.values()], n)) for m in range(1, 7)])
+        many = np.ones(6, int)                                                                # d'Hondt: each word goes where the most cells of the poorest game wait for it
+        while many.sum() < self.codes:
+            free = many < most if (many < most).any() else many > 0
+            many[np.argmax(np.where(free, share / (many + 1), -1))] += 1
         self.columns.fill_(torch.inf); self.rows.fill_(torch.inf)
         start = 0
         for m, n in enumerate(many, 1):
-            heights = np.array([len(part) for part in np.array_split(np.arange(n), max(1, int(n ** .5)))])
-            self.first[m, :len(heights)] = start + torch.from_numpy(np.cumsum(heights) - heights)
-            self.first[m, len(heights):] = start
+            rows = self.columns_of(n)
+            self.first[m, :len(rows)] = start + torch.from_numpy(np.cumsum(rows) - rows)
+            self.first[m, len(rows):] = start
             start += n
             for g, of in seen.items():
                 at = of[m] if len(of[m]) >= 2 * n else torch.cat([seen[k][m] for k in seen])     # too few in this game: the cuts of all games
                 if not len(at): continue
-                cuts = torch.quantile(at[:, 0], torch.from_numpy(np.cumsum(heights)[:-1] / n).float())
-                self.columns[g, m, :len(cuts)] = cuts
-                column = (at[:, :1] > cuts).sum(1)
-                for c, h in enumerate(heights):
-                    inside = at[column == c, 1]
-                    if h > 1 and len(inside): self.rows[g, m, c, :h - 1] = torch.quantile(inside, torch.arange(1, h) / h)
+                columns, cuts = self.cuts(at, n)
+                self.columns[g, m, :len(columns)] = columns
+                for c, y in enumerate(cuts): self.rows[g, m, c, :len(y)] = y
         self.measured.fill_(True)
         return self
 
@@ -172,7 +195,7 @@ class MotionCodes(nn.Module):
 # %% ../nbs/05_shared.ipynb #shared-tokenizer
 @dataclass
 class SharedConfig(TokenizerConfig):
-    motion: int = 192             # of level 0's codes, how many are motion words; the others describe cells without motion
+    motion: int = 224             # of level 0's codes, how many are motion words; the others describe cells without motion
 
 class SharedTokenizer(Tokenizer):
     "A tokenizer whose level 0 is `MotionCodes` where something moves. Needs two frames and the game: `encode(frames [N, T >= 2, 84, 84]) -> uint8 [N, P, L]`."

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from .core import require
 from .frames import ACTIONS
-from .world import Block, RewardHead, Step, WorldConfig, WorldOutput, choose
+from .world import Block, RewardHead, Step, WorldConfig, WorldOutput, choose, rope_angles
 
 # %% auto #0
 __all__ = ['FlatCache', 'FlatWorld', 'arm_options']
@@ -48,7 +48,8 @@ class FlatWorld(nn.Module):
         return self.code(codes_BTPL.flatten(-2).long() + self.offset) + self.place[:-1] + self.game(game_B)[:, None, None]
 
     def trunk(self, x, at=0, layers=None):
-        for i, block in enumerate(self.blocks): x, _ = block(x, at, None if layers is None else layers[i])
+        now = torch.arange(at, at + x.shape[1], device=x.device); angles = rope_angles(now, self.config.dim // self.config.heads)
+        for i, block in enumerate(self.blocks): x, _ = block(x, now, angles, at, None if layers is None else layers[i], report=False)
         return self.norm(x)
 
     def forward(self, codes, actions, game, following):
@@ -95,8 +96,8 @@ class FlatWorld(nn.Module):
             codes.append(choose(self.head[i % L](h), temperature[i % L], generator))
             x = (self.code(codes[-1] + (i % L) * c.codes) + self.place[i] + self.game(cache.game))[:, None]
         cache.pending, cache.codes = x, torch.stack(codes, 1).unflatten(1, (-1, L))
-        reward = self.reward(first)
-        return Step(cache.codes, self.reward.sign(reward), torch.sigmoid(self.proceed(first)[:, 0]), self.reward.points(reward))
+        sign, points = self.reward.expect(self.reward(first))
+        return Step(cache.codes, sign, torch.sigmoid(self.proceed(first)[:, 0]), points)
 
 # %% ../nbs/A2_ablations.ipynb #arms
 def arm_options(c):

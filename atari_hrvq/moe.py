@@ -64,7 +64,7 @@ class MoEConfig:
 class MixtureOfExperts(nn.Module):
     """`x [..., D] -> (y [..., D], aux)`; aux: `balance_loss` scalar (already weighted), `load` float [E] (share of the choices), `choice` int64 [N, k].
 
-    One expert is a dense SwiGLU without a router. The selection bias moves in training mode only."""
+    One expert is a dense SwiGLU without a router. The selection bias moves in training mode only. `report=False` gives `(y, None)`, sooner."""
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -87,21 +87,23 @@ class MixtureOfExperts(nn.Module):
         if self.config.top_k > 1: weight = weight / weight.sum(1, keepdim=True)
         return affinity, choice, weight
 
-    def forward(self, x):
+    def forward(self, x, report=True):
         c, flat = self.config, x.reshape(-1, x.shape[-1])
         if c.experts == 1:
             y = swiglu(flat, self.inner[0], self.outer[0])
-            aux = {'balance_loss': flat.new_zeros(()), 'load': flat.new_ones(1), 'choice': torch.zeros(len(flat), 1, dtype=torch.long, device=x.device)}
-        else: y, aux = self._mix(flat)
+            aux = None if not report else {'balance_loss': flat.new_zeros(()), 'load': flat.new_ones(1), 'choice': torch.zeros(len(flat), 1, dtype=torch.long, device=x.device)}
+        else: y, aux = self._mix(flat, report)
         if c.shared_hidden: y = y + swiglu(flat, self.shared_inner, self.shared_outer)
         return y.view(x.shape), aux
 
-    def _mix(self, x_ND):
+    def _mix(self, x_ND, report):
         c = self.config
         affinity, choice, weight = self.route(x_ND)
         rows = x_ND if c.top_k == 1 else x_ND.repeat_interleave(c.top_k, 0)
-        y = grouped(rows, choice.flatten(), self.inner, self.outer, grouped_kernel(x_ND))
+        if len(rows) <= 4 and not rows.is_cuda: y = torch.cat([swiglu(rows[i:i + 1], self.inner[e], self.outer[e]) for i, e in enumerate(choice.flatten().tolist())])   # sorting would take longer
+        else: y = grouped(rows, choice.flatten(), self.inner, self.outer, grouped_kernel(x_ND))
         y = (y.view(len(x_ND), c.top_k, c.dim) * weight[..., None].to(y.dtype)).sum(1)
+        if not (report or self.training): return y, None
         load = torch.bincount(choice.flatten(), minlength=c.experts) / max(1, choice.numel())
         likely = (affinity / affinity.sum(1, keepdim=True)).sum(0) / max(1, len(x_ND))
         if self.training and c.bias_rate and len(x_ND): self.bias += c.bias_rate * torch.sign(1 / c.experts - load)

@@ -16,9 +16,9 @@ from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
-__all__ = ['Tokens', 'tokenise', 'token_batches', 'rope', 'WorldConfig', 'Block', 'LevelHeads', 'choose', 'symlog', 'symexp',
-           'reward_bins', 'two_hot', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step', 'WorldModel',
-           'token_accuracy', 'f1']
+__all__ = ['Tokens', 'tokenise', 'token_batches', 'rope_angles', 'rotate', 'rope', 'WorldConfig', 'Block', 'LevelHeads', 'choose',
+           'symlog', 'symexp', 'reward_bins', 'two_hot', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step',
+           'WorldModel', 'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -65,14 +65,20 @@ def token_batches(data, size, length, recent=None):
     return batch
 
 # %% ../nbs/07_world.ipynb #rope
-def rope(x_BHTD, positions_T):
-    "Rotate pairs of channels by angles that grow with position (theta 10,000). `x` float [B, H, T, D] with even D, positions [T]."
-    half = x_BHTD.shape[-1] // 2
-    rate = 10_000. ** (-torch.arange(half, device=x_BHTD.device) / half)
-    angle = positions_T[:, None].float() * rate
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x_BHTD[..., :half], x_BHTD[..., half:]
+def rope_angles(positions_T, width):
+    "Cosines and sines [T, width / 2] of angles that grow with position (theta 10,000)."
+    half = width // 2
+    angle = positions_T[:, None].float() * 10_000. ** (-torch.arange(half, device=positions_T.device) / half)
+    return angle.cos(), angle.sin()
+
+def rotate(x_BHTD, cos, sin):
+    "Rotate pairs of channels of float [B, H, T, D] by the angles of `rope_angles`."
+    a, b = x_BHTD.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x_BHTD.dtype)
+
+def rope(x_BHTD, positions_T):
+    "`x` float [B, H, T, D] with even D, rotated by its positions [T]."
+    return rotate(x_BHTD, *rope_angles(positions_T, x_BHTD.shape[-1]))
 
 # %% ../nbs/07_world.ipynb #config
 @dataclass
@@ -111,22 +117,24 @@ class Block(nn.Module):
         n = c.experts[layer]
         self.experts = MixtureOfExperts(MoEConfig(c.dim, c.hidden, n, top_k=min(c.top_k, n), shared_hidden=c.shared_hidden if n > 1 else 0))
 
-    def forward(self, x_BTD, at=0, cache=None, first=None):
+    def forward(self, x_BTD, now_T, angles, at=0, cache=None, first=None, report=True):
+        "`now_T`: the steps `at`, `at` + 1, ...; `angles`: their `rope_angles`. Both are the same for all layers."
         B, T, D = x_BTD.shape
-        now = torch.arange(at, at + T, device=x_BTD.device)
         q, k, v = self.qkv(self.norm1(x_BTD)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = rope(self.norm_q(q), now), rope(self.norm_k(k), now)
-        then = now
+        q, k = rotate(torch.cat([self.norm_q(q), self.norm_k(k)], 1), *angles).chunk(2, 1)
+        now = then = now_T
         if cache is not None:
             cache[0][:, :, at:at + T], cache[1][:, :, at:at + T] = k, v
             low = max(0, at - self.window + 1)
             k, v, then = cache[0][:, :, low:at + T], cache[1][:, :, low:at + T], torch.arange(low, at + T, device=x_BTD.device)
-        gap = now[:, None] - then[None, :]
-        mask = (gap >= 0) & (gap < self.window)
-        if first is not None: mask = mask & (then >= first[:, None, None, None])
+        mask = None
+        if T > 1:
+            gap = now[:, None] - then[None, :]
+            mask = (gap >= 0) & (gap < self.window)
+        if first is not None: valid = then >= first[:, None, None, None]; mask = valid if mask is None else mask & valid
         y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
         x_BTD = x_BTD + self.out(y.transpose(1, 2).reshape(B, T, D))
-        y, aux = self.experts(self.norm2(x_BTD))
+        y, aux = self.experts(self.norm2(x_BTD), report)
         return x_BTD + y, aux
 
 # %% ../nbs/07_world.ipynb #heads
@@ -141,8 +149,8 @@ class LevelHeads(nn.Module):
         self.place = nn.Parameter(torch.zeros(P, H))
         self.scene = nn.Embedding(P * c.codes, H)                 # level-0 codes of all cells, summed
         self.chosen = nn.ModuleList(nn.Embedding(c.codes, H) for _ in range(c.levels - 1))
-        self.free = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Linear(H, H), nn.SiLU(), nn.Linear(H, c.codes)) for _ in range(c.levels))
-        self.shift = nn.ModuleList(nn.Sequential(nn.SiLU(), nn.Linear(H, c.cell_dim)) for _ in range(c.levels))
+        self.free = nn.ModuleList(nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, c.codes)) for _ in range(c.levels))
+        self.shift = nn.ModuleList(nn.Linear(H, c.cell_dim) for _ in range(c.levels))
         self.log_scale = nn.Parameter(torch.zeros(c.levels))
         nn.init.normal_(self.scene.weight, std=.05)
         self.register_buffer('offset', torch.arange(P) * c.codes, persistent=False)
@@ -157,11 +165,17 @@ class LevelHeads(nn.Module):
 
     def level(self, l, f, z):
         "Logits [N, P, K] of level `l` and the shifted vector, from features and what is left of the predicted vector."
+        f = F.silu(f)
         z = z + self.shift[l](f)
         if not self.config.distance: return self.free[l](f), z
-        book = self.codebook[l]
-        distance = book.pow(2).sum(1) - 2 * z @ book.T
-        return self.free[l](f) - self.log_scale[l].exp() * distance, z
+        distance = torch.addmm(self.norms()[l], z.flatten(0, 1), self.codebook[l].T, alpha=-2).unflatten(0, z.shape[:2])
+        return torch.addcmul(self.free[l](f), self.log_scale[l].exp(), distance, value=-1), z
+
+    def norms(self):
+        "Squared norms [L, K] of the codes, computed again only when the codebook has changed."
+        book = self.codebook
+        if getattr(self, '_norms', (None,))[0] != (key := (book.data_ptr(), book._version)): self._norms = key, book.pow(2).sum(-1)
+        return self._norms[1]
 
     def given(self, l, f, z, codes):
         "Features and remaining vector for level `l + 1` once the codes [N, P] of level `l` are chosen."
@@ -216,6 +230,7 @@ class RewardHead(nn.Module):
         require(c.bins % 2 and c.ahead >= 1, f'bins must be odd, so that one of them is 0, and ahead at least 1, got {c.bins} and {c.ahead}')
         self.net, self.ahead = nn.Sequential(nn.Linear(c.dim, 128), nn.SiLU(), nn.Linear(128, c.ahead * c.bins)), c.ahead
         self.register_buffer('bins', reward_bins(c.bins))
+        self.register_buffer('read', torch.stack([self.bins.sign(), symexp(self.bins)], 1), persistent=False)
 
     def forward(self, h): return self.net(h).unflatten(-1, (self.ahead, -1))
 
@@ -228,14 +243,12 @@ class RewardHead(nn.Module):
             if bool(reach.any()): losses.append(-(target[:, k:] * log_p[:, :-k, k]).sum(-1)[reach].mean())
         return losses[0], sum(losses[1:]) / max(1, len(losses) - 1)
 
-    def sign(self, logits):
-        "Expected sign of this step's reward, -1..1, from logits [..., A, n]."
-        p = logits[..., 0, :].float().softmax(-1)
-        return p[..., self.bins > 0].sum(-1) - p[..., self.bins < 0].sum(-1)
+    def expect(self, logits):
+        "From logits [..., A, n]: the expected sign of this step's reward, -1..1, and the expected reward in the game's own points."
+        return (logits[..., 0, :].float().softmax(-1) @ self.read).unbind(-1)
 
-    def points(self, logits):
-        "Expected reward of this step in the game's own points."
-        return (logits[..., 0, :].float().softmax(-1) * symexp(self.bins)).sum(-1)
+    def sign(self, logits): return self.expect(logits)[0]
+    def points(self, logits): return self.expect(logits)[1]
 
 # %% ../nbs/07_world.ipynb #contrast
 class Contrast(nn.Module):
@@ -328,11 +341,12 @@ class WorldModel(Pretrained):
         codes = codes.long()
         return sum(self.heads.codebook[l][codes[..., l]] for l in range(self.config.levels))
 
-    def trunk(self, z_BTPD, actions_BT, game_B, at=0, layers=None, first=None):
+    def trunk(self, z_BTPD, actions_BT, game_B, at=0, layers=None, first=None, report=True):
         x = self.see(z_BTPD.flatten(2)) + self.act(actions_BT) + self.game(game_B)[:, None]
-        aux = []
+        now = torch.arange(at, at + x.shape[1], device=x.device)
+        angles, aux = rope_angles(now, self.config.dim // self.config.heads), []
         for i, block in enumerate(self.blocks):
-            x, a = block(x, at, None if layers is None else layers[i], first)
+            x, a = block(x, now, angles, at, None if layers is None else layers[i], first, report)
             aux.append(a)
         return self.norm(x), aux
 
@@ -400,13 +414,13 @@ def _restart(self, cache, rows, codes, actions, game):
 def _step(self, cache, action_B, temperature=(.5, 0., 0.), generator=None):
     "One imagined step of all rows; updates `cache` and returns `Step`."
     require(cache.length < cache.layers[0][0].shape[2], f'the cache is full after {cache.length} steps: start it with more capacity')
-    h, _ = self.trunk(cache.history[:, -1:], action_B[:, None], cache.game, cache.length, cache.layers, cache.first)
+    h, _ = self.trunk(cache.history[:, -1:], action_B[:, None], cache.game, cache.length, cache.layers, cache.first, report=False)
     h = h[:, 0]
     codes = self.heads.sample(h, cache.history, temperature, generator)
     cache.length, cache.hidden, cache.codes = cache.length + 1, h, codes
     cache.history = torch.cat([cache.history[:, 1:], self.vectors(codes)[:, None]], 1)
-    reward = self.reward(h)
-    return Step(codes, self.reward.sign(reward), torch.sigmoid(self.proceed(h)[:, 0].float()), self.reward.points(reward))
+    sign, points = self.reward.expect(self.reward(h))
+    return Step(codes, sign, torch.sigmoid(self.proceed(h)[:, 0].float()), points)
 
 WorldModel.start, WorldModel.restart, WorldModel.step = (torch.no_grad()(f) for f in (_start, _restart, _step))
 

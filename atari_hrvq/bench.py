@@ -4,16 +4,18 @@
 
 # %% ../nbs/13_bench.ipynb #imports
 from __future__ import annotations
-import contextlib, os, time
+import contextlib, os, resource, time
 import ale_py
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from .core import FitConfig, GAMES, best_device, make_adamw
+from .core import FitConfig, GAMES, best_device, count_parameters, make_adamw
+from .dream import observation_size, observe
 from .encoder import EncoderConfig, EncoderTraining, frame_batches
-from .frames import RandomPolicy, collect
-from .hrvq import ResidualVQ
+from .frames import ACTIONS, RandomPolicy, collect
+from .hrvq import ResidualVQ, Tokenizer, TokenizerConfig
 from .moe import active_parameters
+from .ppo import ActorCritic, ActorCriticConfig, sample
 from .world import WorldConfig, WorldModel
 
 # %% auto #0
@@ -106,17 +108,35 @@ def bench_quantizer(N=65_536):
 
 # %% ../nbs/13_bench.ipynb #dream
 def bench_dream():
-    "One imagined step of the default world model at batch 1, 64 and 1024, and at batch 16 what the tokenizer's grid costs here; the floor is reading the active weights once, or multiplying by them, whichever is longer."
+    """One imagined step of the default world model at batch 1, 64 and 1024, alone, with the policy, and drawn as a picture; at batch 16 what the tokenizer's grid costs here;
+    and a training step. The floor is reading the weights that a step touches once, or multiplying by them, whichever is longer."""
     torch.manual_seed(0)
-    rows, big, square = [], torch.randn(8_000_000), torch.randn(1024, 1024)
+    device, rows = best_device(), []
+    big, square = torch.randn(8_000_000, device=device), torch.randn(1024, 1024, device=device)
     bandwidth = big.numel() * 4 / median_seconds(lambda: big.sum())
     flops = 2 * 1024 ** 3 / median_seconds(lambda: square @ square)
     for B, grid in ((1, 3), (64, 3), (1024, 3), *((16, g) for g in (1, 2, 3, 4, 7))):
-        world = WorldModel(WorldConfig(grid=grid)).eval()
-        none, weights = torch.zeros(B, dtype=torch.long), active_parameters(world)
-        cache = world.start(torch.randint(0, 256, (B, 9, grid ** 2, 3)), torch.zeros(B, 8, dtype=torch.long), none, 80)
-        t = median_seconds(lambda: world.step(cache, none), *((15, 3) if B < 1000 else (5, 1)))
-        rows.append(bench_row(f'dream step batch {B}, {grid} x {grid} cells', 1000 * t, 'ms', t / max(4 * weights / bandwidth, 2 * weights * B / flops)))
-    return rows
+        world = WorldModel(WorldConfig(grid=grid)).to(device).eval()
+        none, weights = torch.zeros(B, dtype=torch.long, device=device), active_parameters(world) - count_parameters(world.contrast) - count_parameters(world.heads.scene)
+        begin = torch.randint(0, 256, (B, 9, grid ** 2, 3), device=device), torch.zeros(B, 8, dtype=torch.long, device=device), none
+        cache, least, rounds = world.start(*begin, 160), max(4 * weights / bandwidth, 2 * weights * B / flops), (15, 3) if B < 1000 else (5, 1)
+        t = median_seconds(lambda: world.step(cache, none), *rounds)
+        rows.append(bench_row(f'dream step batch {B}, {grid} x {grid} cells', 1000 * t, 'ms', t / least))
+        if B == 16: continue
+        policy, tokenizer, generator = ActorCritic(ActorCriticConfig(obs_shape=(observation_size(world),))).to(device).eval(), Tokenizer(TokenizerConfig()).to(device).eval(), torch.Generator().manual_seed(0)
+        mask = torch.ones(B, ACTIONS, dtype=torch.bool, device=device)
+        @torch.no_grad()
+        def act():
+            logits, _ = policy(observe(cache.history[:, -1], cache.history[:, -2], cache.hidden), mask)
+            world.step(cache, sample(logits, generator))
+        def draw(): tokenizer.decode(world.step(cache, none).codes.to(torch.uint8), none)
+        for what, f in (('policy', act), ('picture', draw)): t = median_seconds(f, *rounds); rows.append(bench_row(f'dream step batch {B} with {what}', 1000 * t, 'ms', t / least))
+    world, B, T = WorldModel(WorldConfig()).to(device), 24, 20
+    opt, (game, codes) = make_adamw(world, FitConfig(1)), (torch.arange(B, device=device) % 3, torch.randint(0, 256, (B, T, 9, 3), device=device))
+    batch = codes, torch.zeros(B, T, dtype=torch.long, device=device), torch.zeros(B, T, device=device), torch.zeros(B, T, dtype=torch.bool, device=device), game, codes, torch.ones(B, T, dtype=torch.bool, device=device)
+    def step(): opt.zero_grad(); world.train().loss(*batch)[0].backward(); opt.step()
+    t = median_seconds(step, 5)
+    rows.append(bench_row(f'world model training step, {active_parameters(world) / 1e6:.1f}M of {count_parameters(world) / 1e6:.1f}M parameters active', B * T / t, 'frames/s', t * flops / (6 * B * T * active_parameters(world))))
+    return rows + [bench_row('peak memory of this process', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 'GB', None)]
 
 BENCHES = {'frames': bench_frames, 'encoder': bench_encoder, 'quantizer': bench_quantizer, 'dream': bench_dream}

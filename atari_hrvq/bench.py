@@ -39,6 +39,7 @@ def in_turns(calls, rounds=7):
         for name, f in calls.items(): times[name].append(median_seconds(f, 1, i == 0))
     return {name: sorted(t[1:])[rounds // 2] for name, t in times.items()}
 
+# %% ../nbs/13_bench.ipynb #rows
 def bench_row(name, value, unit, floor_ratio=None, peer=None, peer_ratio=None):
     "One measurement: `floor_ratio` times slower than the floor, `peer_ratio` times faster than `peer`."
     return {'name': name, 'value': value, 'unit': unit, 'floor_ratio': floor_ratio, 'peer': peer, 'peer_ratio': peer_ratio}

@@ -32,6 +32,7 @@ def median_seconds(f, rounds=7, warm=2):
         times.append(time.perf_counter() - t)
     return sorted(times[warm:])[rounds // 2]
 
+# %% ../nbs/13_bench.ipynb #turns
 def in_turns(calls, rounds=7):
     "`{name: median seconds}` of the functions in `calls`, called in turns so that all of them see the same machine."
     times = {name: [] for name in calls}
@@ -44,6 +45,7 @@ def bench_row(name, value, unit, floor_ratio=None, peer=None, peer_ratio=None):
     "One measurement: `floor_ratio` times slower than the floor, `peer_ratio` times faster than `peer`."
     return {'name': name, 'value': value, 'unit': unit, 'floor_ratio': floor_ratio, 'peer': peer, 'peer_ratio': peer_ratio}
 
+# %% ../nbs/13_bench.ipynb #rate
 def matmul_rate(n=2048):
     "Floating-point operations a second of a square fp32 matrix product: the best that this machine does here."
     a = torch.randn(n, n, device=best_device())

@@ -79,7 +79,7 @@ class TokenizerConfig:
     hidden: int = 256
     cell_dim: int = 64
     decay: float = .98
-    locate: float = 1000.         # weight of the loss that asks the quantised cells where the rare grays are
+    locate: float = 3000.         # weight of the loss that asks the quantised cells where the rare grays are
     level_dropout: float = .1     # share of samples that are decoded from fewer levels in training
 
 # %% ../nbs/04_hrvq.ipynb #tokenizer

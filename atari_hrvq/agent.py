@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from .core import (FitConfig, Stage, derive, fingerprint, fit, load_checkpoint, progress, read_json, require,
-                             save_checkpoint, seed_all, write_json)
+                             rng_for, save_checkpoint, seed_all, write_json)
 from .dream import Contexts, DreamVectorEnv, observation_size, observe
 from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, store_episodes
-from .hrvq import Tokenizer
+from .hrvq import Tokenizer, TokenizerConfig, start_codebooks
 from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, rollout
 from .world import Tokens, WorldModel, token_batches, tokenise
 
 # %% auto #0
-__all__ = ['Agent', 'play', 'join_tokens', 'improve', 'LoopConfig', 'learn']
+__all__ = ['Agent', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn', 'tell',
+           'study']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -143,42 +144,91 @@ class LoopConfig:
     envs: int                 # copies of each game played in lock-step
     world_steps: int          # optimiser steps of the world model a round
     iterations: int           # PPO iterations a round
+    first: int = 0            # steps of random play a game to begin with, with fresh models; 0: all of the run's, and its tokenizer and world model
+    begin_tokenizer: int = 0  # optimiser steps before the first round, if models are fresh
+    begin_world: int = 0
+    tokenizer_steps: int = 0  # optimiser steps of the tokenizer a round; 0 keeps it as it is
+    frames: int = 72          # frames a tokenizer step
     dreams: int = 255         # dreams an iteration
     horizon: int = 16         # steps a dream
     batch: int = 24           # windows a world-model step
     window: int = 20          # steps a window
-    world_lr: float = 5e-4
+    world_lr: float = 5e-4    # after the beginning, where it is twice that
+    tokenizer_lr: float = 5e-4  # after the beginning, where it is four times that
+
+# %% ../nbs/10_agent.ipynb #replay
+def replay_frames(replay, games, size):
+    """A function of `rng` for `fit`: `(frames uint8 [size, 1, 84, 84], action int64 [size], game int64 [size])`, equal numbers of each game.
+
+    `replay`: {game: list of Episodes, oldest first}. Once there is more than one, half of the frames are drawn from the newest."""
+    def batch(rng):
+        frames, game = [], []
+        for j, (g, parts) in enumerate(replay.items()):
+            n = size // len(replay) + (j < size % len(replay))
+            ends = np.cumsum([len(e) for e in parts])
+            at = rng.integers(ends[-1], size=n)
+            if len(parts) > 1: at[:n // 2] = rng.integers(ends[-2], ends[-1], size=n // 2)
+            part = np.searchsorted(ends, at, 'right')
+            for k in np.unique(part): frames.append(np.asarray(parts[k].frames[np.sort(at[part == k]) - (ends[k] - len(parts[k]))]))
+            game.append(np.full(n, games.index(g)))
+        return torch.from_numpy(np.concatenate(frames))[:, None], torch.zeros(size, dtype=torch.long), torch.from_numpy(np.concatenate(game))
+    return batch
+
+def head(episodes, n):
+    "The first `n` steps of an `Episodes` (all of them if `n` is 0); the last episode may be cut."
+    if not n or n >= len(episodes): return episodes
+    keep = {k: getattr(episodes, k)[:n] for k in ('frames', 'actions', 'rewards', 'terminated', 'truncated', 'life_lost', 'episode', 'ram')}
+    return Episodes(episodes.game, episodes.protocol, **keep, seeds=episodes.seeds[:int(keep['episode'][-1]) + 1])
+
+def fresh_agent(stage, replay, c, context=8):
+    "An `Agent` whose tokenizer learned from `replay` for `c.begin_tokenizer` steps; its world model and policy know nothing yet."
+    torch.manual_seed(stage.seed)
+    tokenizer = Tokenizer(TokenizerConfig(games=stage.games)).to(stage.device)
+    tokenizer.background.measure({g: parts[0] for g, parts in replay.items()})
+    batches = replay_frames(replay, list(stage.games), c.frames)
+    fit(tokenizer, batches, FitConfig(c.begin_tokenizer, lr=4 * c.tokenizer_lr), seed=stage.seed, checkpoint=stage.checkpoint('begin-tokenizer'), desc='tokenizer',
+        callback=start_codebooks(tokenizer, batches, c.begin_tokenizer // 8, stage.seed))
+    return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer).to(stage.device), context=context)
 
 # %% ../nbs/10_agent.ipynb #loop
-def learn(stage, agent, ppo, data, c, name='agent'):
-    """The loop: dream, play, remember, learn the model; `data` {game: Tokens} grows in place. Returns the history of rounds.
+def learn(stage, agent, ppo, replay, c, name='agent'):
+    """The loop: study, dream, play, remember; `replay` {game: list of Episodes} grows in place. Returns the history of rounds and the curve of the dreams.
 
     After each round the whole state is a checkpoint and the new episodes are stored as seeds and actions."""
-    history, curves, mark, recent = [], [], fingerprint('loop', asdict(c), stage.config), None
+    history, curves, mark, games = [], [], fingerprint('loop', asdict(c), stage.config), agent.games
     for r in range(c.rounds + 1):
-        path = stage.checkpoint(f'round-{r}')
-        saved = load_checkpoint(path, mark)
-        last = r == c.rounds
-        if saved:
-            agent.world.load_state_dict(saved['world']); ppo.load_state(saved['ppo']); history, curves = saved['history'], saved['curves']
-            episodes = {} if last else {g: load_stored(stage, f'{name}-replay-{g}-{r}') for g in data}
+        path, last = stage.checkpoint(f'round-{r}'), r == c.rounds
+        if saved := load_checkpoint(path, mark):
+            agent.tokenizer.load_state_dict(saved['tokenizer']); agent.world.load_state_dict(saved['world']); agent.world.config.tokenizer = agent.tokenizer.hash()
+            ppo.load_state(saved['ppo']); history, curves = saved['history'], saved['curves']
+            episodes = {} if last else {g: load_stored(stage, f'{name}-replay-{g}-{r}') for g in replay}
         else:
-            contexts = Contexts(data, agent.games, agent.context, recent=recent)
-            curve = improve(agent, ppo, contexts, c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), desc=f'round {r}: dreaming')
+            data, recent = study(stage, agent, replay, c, r)
+            curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), desc=f'round {r}: dreaming')
             curves += [{**h, 'step': h['step'] + r * c.iterations, 'round': r} for h in curve]
             tail = curve[-max(1, len(curve) // 5):]
-            row = {'round': r, 'dream_reward': float(np.mean([h['dream_reward'] for h in tail]))}
-            episodes = {} if last else play(agent, list(data), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')
+            row = {'round': r, 'real_steps': sum(len(e) for e in next(iter(replay.values()))), 'dream_reward': float(np.mean([h['dream_reward'] for h in tail]))}
+            episodes = {} if last else play(agent, list(replay), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')
             for g, e in episodes.items():
                 store_episodes(stage, f'{name}-replay-{g}-{r}', e)
                 row[f'real_reward_{g}'] = float(np.sign(e.rewards).mean())
-            history.append(row)
-        if episodes:
-            recent = {g: len(d) for g, d in data.items()}
-            for g, e in episodes.items(): data[g] = join_tokens([data[g], tokenise(agent.tokenizer, e)])
-        if not saved:
-            if not last:
-                fit(agent.world, token_batches(data, c.batch, c.window, recent), FitConfig(steps=c.world_steps, lr=c.world_lr, weight_decay=.05), seed=derive(stage.seed, 'world', r),
-                    checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
-            save_checkpoint(path, mark, {'world': agent.world.state_dict(), 'ppo': ppo.state(), 'history': history, 'curves': curves})
+            history.append(row); tell(row)
+            save_checkpoint(path, mark, {'tokenizer': agent.tokenizer.state_dict(), 'world': agent.world.state_dict(), 'ppo': ppo.state(), 'history': history, 'curves': curves})
+        for g, e in episodes.items(): replay[g].append(e)
     return history, curves
+
+def tell(row):
+    "One line about a round that is over."
+    print(f'round {row["round"]}: {row["real_steps"]} real steps a game before it; reward a step: dreamt {row["dream_reward"]:+.4f}, ' + (', '.join(f'{k[12:]} {v:+.4f}' for k, v in row.items() if k.startswith('real_reward_')) or 'not played'), flush=True)
+
+def study(stage, agent, replay, c, r):
+    "Tokenizer and world model learn from `replay` before the dreams of round `r`; returns the replay as `{game: Tokens}` and where its newest part begins."
+    seed = derive(stage.seed, 'study', r)
+    if r and c.tokenizer_steps:
+        fit(agent.tokenizer, replay_frames(replay, agent.games, c.frames), FitConfig(c.tokenizer_steps, lr=c.tokenizer_lr), seed=seed, checkpoint=stage.checkpoint(f'tokenizer-{r}'), desc=f'round {r}: learning to see')
+        agent.world.follow(agent.tokenizer)
+    data = {g: join_tokens([tokenise(agent.tokenizer, e) for e in parts]) for g, parts in replay.items()}
+    recent = {g: len(data[g]) - len(parts[-1]) for g, parts in replay.items()} if r else None
+    if steps := c.world_steps if r else c.begin_world:
+        fit(agent.world, token_batches(data, c.batch, c.window, recent), FitConfig(steps, lr=c.world_lr * (1 if r else 2), weight_decay=.05), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
+    return data, recent

@@ -319,6 +319,7 @@ class WorldModel(Pretrained):
         self.blocks = nn.ModuleList(Block(c, i) for i in range(len(c.experts)))
         self.norm, self.heads = nn.RMSNorm(c.dim), LevelHeads(c)
         self.reward, self.proceed = RewardHead(c), nn.Sequential(nn.Linear(c.dim, 128), nn.SiLU(), nn.Linear(128, 1))
+        self.register_buffer('scale', torch.ones(()))                 # of the tokenizer's vectors
         if c.contrast: self.contrast = Contrast(c)
 
     @classmethod
@@ -329,9 +330,14 @@ class WorldModel(Pretrained):
         books = torch.stack([q.codebook for q in tokenizer.quantizer.levels]).cpu()
         share = [q.count.cpu() / q.count.cpu().sum() for q in tokenizer.quantizer.levels]
         variance = sum((p[:, None] * (b - (p[:, None] * b).sum(0)) ** 2).sum(0).mean() for p, b in zip(share, books, strict=True))
-        model.heads.codebook.copy_(books / variance.sqrt())
+        model.scale.copy_(variance.sqrt()); model.heads.codebook.copy_(books / model.scale)
         model.heads.log_scale.data.copy_((.05 / model.heads.codebook.var(1).mean(-1)).log())
         return model
+
+    def follow(self, tokenizer):
+        "Take over the codebooks of `tokenizer`, which has learned on since this model was made for it; the scale stays."
+        self.heads.codebook.copy_(torch.stack([q.codebook for q in tokenizer.quantizer.levels]) / self.scale)
+        self.config.tokenizer = tokenizer.hash()
 
     def check_tokenizer(self, tokenizer):
         require(self.config.tokenizer == tokenizer.hash(), f'the world model was trained on tokens of tokenizer {self.config.tokenizer}, this one is {tokenizer.hash()}: load the two that belong together')

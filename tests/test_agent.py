@@ -1,17 +1,18 @@
 """agent: a small loop is the same twice and the same when interrupted; what it remembers can be played again."""
+import copy
 import numpy as np
 import pytest
 import torch
 from atari_hrvq import agent as module
-from atari_hrvq.agent import Agent, LoopConfig, learn, play
+from atari_hrvq.agent import Agent, LoopConfig, fresh_agent, head, learn, play, replay_frames
 from atari_hrvq.core import BookError, Stage, load_tree
 from atari_hrvq.frames import LEGAL, RandomPolicy, collect, load_stored
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.ppo import PPO
-from atari_hrvq.world import WorldModel, tokenise
+from atari_hrvq.world import WorldModel
 
 GAMES = ('pong', 'breakout')
-LOOP = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, dreams=6, horizon=4, batch=4, window=5)
+LOOP = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, tokenizer_steps=2, frames=8, dreams=6, horizon=4, batch=4, window=5)
 
 
 @pytest.fixture(scope='module')
@@ -27,22 +28,23 @@ def parts():
 
 def fresh(parts):
     torch.manual_seed(1)
-    world = WorldModel.for_tokenizer(parts[0], dim=16, heads=2, experts=(1, 2), windows=(2, 4), hidden=16, shared_hidden=4, cell_hidden=8)
-    agent = Agent.fresh(parts[0], world, hidden=16, context=3)
-    return agent, PPO(agent.policy), {g: tokenise(parts[0], e) for g, e in parts[1].items()}
+    tokenizer = copy.deepcopy(parts[0])
+    world = WorldModel.for_tokenizer(tokenizer, dim=16, heads=2, experts=(1, 2), windows=(2, 4), hidden=16, shared_hidden=4, cell_hidden=8)
+    agent = Agent.fresh(tokenizer, world, hidden=16, context=3)
+    return agent, PPO(agent.policy), {g: [e] for g, e in parts[1].items()}
 
 
 def loop(parts, folder):
     stage = Stage('10_agent', folder, 'smoke', GAMES, 0)
-    agent, ppo, data = fresh(parts)
-    history, curves = learn(stage, agent, ppo, data, LOOP)
-    state = {**{f'w.{k}': v for k, v in agent.world.state_dict().items()}, **{f'p.{k}': v for k, v in agent.policy.state_dict().items()}}
-    return history, curves, state, {g: d.actions for g, d in data.items()}, stage
+    agent, ppo, replay = fresh(parts)
+    history, curves = learn(stage, agent, ppo, replay, LOOP)
+    state = {f'{n}.{k}': v for n in ('tokenizer', 'world', 'policy') for k, v in getattr(agent, n).state_dict().items()}
+    return history, curves, state, {g: np.concatenate([e.actions for e in d]) for g, d in replay.items()}, stage, agent
 
 
 def equal(a, b):
     assert a[0] == b[0] and a[1] == b[1]
-    assert all(torch.equal(x, b[2][k]) for k, x in a[2].items()) and all(torch.equal(x, b[3][g]) for g, x in a[3].items())
+    assert all(torch.equal(x, b[2][k]) for k, x in a[2].items()) and all(np.array_equal(x, b[3][g]) for g, x in a[3].items())
 
 
 @pytest.fixture(scope='module')
@@ -52,19 +54,45 @@ def whole(parts, tmp_path_factory): return loop(parts, tmp_path_factory.mktemp('
 def test_same_seed_same_loop(parts, whole, tmp_path): equal(whole, loop(parts, tmp_path))
 
 
-@pytest.mark.parametrize('where', ['improve', 'play', 'fit', 'save_checkpoint'])
+@pytest.mark.parametrize('where', ['improve', 'play', 'fit', 'fit again', 'save_checkpoint'])
 def test_interrupted_anywhere_goes_on_the_same(parts, whole, tmp_path, monkeypatch, where):
     class Killed(Exception): pass
+    where, at = where.split()[0], 2 if where in ('improve', 'fit again') else 1
     original, calls = getattr(module, where), []
 
     def dies(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (2 if where == 'improve' else 1): raise Killed
+        if len(calls) == at: raise Killed
         return original(*args, **kwargs)
     monkeypatch.setattr(module, where, dies)
     with pytest.raises(Killed): loop(parts, tmp_path)
     monkeypatch.setattr(module, where, original)
     equal(whole, loop(parts, tmp_path))
+
+
+def test_the_tokenizer_learns_and_the_others_follow(parts, whole):
+    agent = whole[5]
+    assert not torch.equal(agent.tokenizer.quantizer.levels[0].codebook, parts[0].quantizer.levels[0].codebook)
+    agent.world.check_tokenizer(agent.tokenizer)
+    books = torch.stack([q.codebook for q in agent.tokenizer.quantizer.levels])
+    assert torch.allclose(agent.world.heads.codebook * agent.world.scale, books, atol=1e-6)
+
+
+def test_half_of_the_frames_are_new(parts):
+    a, b = parts[1]['pong'], parts[1]['breakout']
+    old, new = head(a, 60), head(b, 20)
+    frames, action, game = replay_frames({'breakout': [old, new]}, ['pong', 'breakout'], 40)(np.random.default_rng(0))
+    assert frames.shape == (40, 1, 84, 84) and frames.dtype == torch.uint8 and game.tolist() == [1] * 40 and len(action) == 40
+    share = sum(any(np.array_equal(f[0], x) for x in new.frames) for f in frames.numpy()) / 40
+    assert .5 <= share <= .9
+
+
+def test_a_fresh_agent_sees_only_what_it_is_given(parts, tmp_path):
+    loop = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, first=60, begin_tokenizer=9, frames=30)
+    replay = {g: [head(e, loop.first)] for g, e in parts[1].items()}
+    assert all(len(p[0]) == 60 and len(p[0].seeds) == p[0].episode[-1] + 1 for p in replay.values())
+    agent = fresh_agent(Stage('10_agent', tmp_path, 'smoke', GAMES, 0), replay, loop)
+    assert agent.tokenizer.started and agent.world.config.tokenizer == agent.tokenizer.hash()
 
 
 def test_checkpoints_are_small_and_without_pickle(whole):

@@ -4,20 +4,23 @@
 
 # %% ../nbs/08_dream.ipynb #imports
 from __future__ import annotations
+import io
 from pathlib import Path
+from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
-from .core import BookError, Stage, progress, require, rng_for
+from PIL import Image
+from .core import BookError, Stage, progress, require, rng_for, write_atomic
 from .encoder import fit_probe
 from .frames import ACTIONS, LegalActions, action_mask, load_episodes, state_labels
 from .hrvq import BALL_BOX, Tokenizer, ball_position
-from .world import WorldModel, token_batches, tokenise
+from .world import WorldModel, f1, token_batches, tokenise
 
 # %% auto #0
-__all__ = ['Contexts', 'observation_size', 'observe', 'DreamVectorEnv', 'DreamEnv', 'make_dream', 'open_loop', 'position_probes',
-           'extrapolate', 'reliability']
+__all__ = ['Contexts', 'observation_size', 'observe', 'DreamVectorEnv', 'DreamEnv', 'make_dream', 'OpenLoop', 'open_loop',
+           'position_probes', 'extrapolate', 'dream_gif', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -159,16 +162,23 @@ def make_dream(run, game='pong', horizon=50, render_mode=None):
 if 'atari_hrvq/Dream-v0' not in gym.registry: gym.register('atari_hrvq/Dream-v0', entry_point='atari_hrvq.dream:make_dream', disable_env_checker=True)
 
 # %% ../nbs/08_dream.ipynb #openloop
+class OpenLoop(NamedTuple):
+    codes: torch.Tensor
+    reward: torch.Tensor
+    proceed: torch.Tensor
+
 @torch.no_grad()
 def open_loop(world, tokens, game, context, horizon, starts, temperature=(.5, 0., 0.), seed=0):
-    "Dream with the real actions from `starts` int64 [S]. Returns codes uint8 [S, H, P, L]; `dreamt[:, k]` belongs to step `start + context + k`."
+    """Dream with the real actions from `starts` int64 [S]. Returns `OpenLoop(codes uint8 [S, H, P, L], reward float [S, H], proceed float [S, H])`:
+    `codes[:, k]` belong to step `start + context + k`, the expected sign of the reward and the probability that the game goes on to the step before it."""
     device = next(world.parameters()).device
     at = torch.from_numpy(np.asarray(starts)[:, None] + np.arange(context))
     cache = world.start(tokens.codes[at].to(device), tokens.actions[at[:, :-1]].to(device), torch.full((len(at),), game, device=device), context + horizon)
     generator, out = torch.Generator().manual_seed(seed), []
     for k in range(horizon):
-        out.append(world.step(cache, tokens.actions[at[:, -1] + k].to(device), temperature, generator).codes)
-    return torch.stack(out, 1).to(torch.uint8).cpu()
+        s = world.step(cache, tokens.actions[at[:, -1] + k].to(device), temperature, generator)
+        out.append((s.codes.to(torch.uint8).cpu(), s.reward.cpu(), s.proceed.cpu()))
+    return OpenLoop(*(torch.stack(x, 1) for x in zip(*out, strict=True)))
 
 def position_probes(tokenizer, tokens, episodes, kind='mlp', seed=0, only=None):
     "`{name: function of codes [n, P, L]}`: probes from quantised cells to each position (or to those in `only`), fitted where the object is present."
@@ -186,6 +196,15 @@ def extrapolate(before, now, steps, low, high):
     width = max(high - low, 1e-6)
     x = np.abs((x + width) % (2 * width) - width)                              # a triangle wave: in range it is x itself
     return x + low
+
+# %% ../nbs/08_dream.ipynb #gif
+def dream_gif(path, real, dream, scale=2, fps=15):
+    "Write a GIF: `real` uint8 [T, 84, 84] on the left, `dream` uint8 [T, 84, 84] on the right."
+    wide = np.concatenate([np.asarray(real), np.full((len(real), 84, 2), 128, np.uint8), np.asarray(dream)], 2)
+    pictures = [Image.fromarray(x).resize((x.shape[1] * scale, x.shape[0] * scale), Image.NEAREST) for x in wide]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, 'GIF', save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+    write_atomic(path, buffer.getvalue())
 
 # %% ../nbs/08_dream.ipynb #calibration
 def reliability(p, hit, bins=10):

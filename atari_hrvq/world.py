@@ -319,6 +319,7 @@ class Cache:
     history: torch.Tensor
     hidden: torch.Tensor
     game: torch.Tensor
+    mixed: bool = False        # whether rows began at different slots, so that attention needs a mask
 
 class Step(NamedTuple):
     codes: torch.Tensor        # int64 [B, P, L]: the next frame's tokens
@@ -435,12 +436,13 @@ def _restart(self, cache, rows, codes, actions, game):
     h, _ = self.trunk(z[:, :-1], actions, game, at, layers, first)
     for mine, new in zip(cache.layers, layers, strict=True):
         for x, y in zip(mine, new, strict=True): x[rows] = y
+    cache.mixed = True
     cache.first[rows], cache.codes[rows], cache.history[rows], cache.hidden[rows], cache.game[rows] = first, codes[:, -1].long(), self.recent(z)[:, -1], h[:, -1], game
 
 def _step(self, cache, action_B, temperature=(.5, 0., 0.), generator=None):
     "One imagined step of all rows; updates `cache` and returns `Step`."
     require(cache.length < cache.layers[0][0].shape[2], f'the cache is full after {cache.length} steps: start it with more capacity')
-    h, _ = self.trunk(cache.history[:, -1:], action_B[:, None], cache.game, cache.length, cache.layers, cache.first, report=False)
+    h, _ = self.trunk(cache.history[:, -1:], action_B[:, None], cache.game, cache.length, cache.layers, cache.first if cache.mixed else None, report=False)
     h = h[:, 0]
     codes = self.heads.sample(h, cache.history, temperature, generator)
     cache.length, cache.hidden, cache.codes = cache.length + 1, h, codes

@@ -13,13 +13,13 @@ from .core import (FitConfig, Stage, derive, fingerprint, fit, load_checkpoint, 
                              rng_for, save_checkpoint, seed_all, write_json)
 from .dream import Contexts, DreamVectorEnv, observation_size, observe
 from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, store_episodes
-from .hrvq import Tokenizer, TokenizerConfig, start_codebooks
+from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
 from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, rollout
-from .world import Tokens, WorldModel, token_batches, tokenise
+from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
-__all__ = ['Agent', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn', 'tell',
-           'study']
+__all__ = ['Agent', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn',
+           'known_before', 'tell', 'study']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -212,10 +212,22 @@ def learn(stage, agent, ppo, replay, c, name='agent'):
             for g, e in episodes.items():
                 store_episodes(stage, f'{name}-replay-{g}-{r}', e)
                 row[f'real_reward_{g}'] = float(np.sign(e.rewards).mean())
+                row.update({f'{k}_{g}': v for k, v in known_before(agent, e, c.window, stage.seed).items()})
             history.append(row); tell(row)
             save_checkpoint(path, mark, {'tokenizer': agent.tokenizer.state_dict(), 'world': agent.world.state_dict(), 'ppo': ppo.state(), 'history': history, 'curves': curves})
         for g, e in episodes.items(): replay[g].append(e)
     return history, curves
+
+def known_before(agent, episodes, window, seed=0):
+    "What tokenizer and world model make of `episodes` that neither has learned from yet: accuracy on changed level-0 tokens, and the share of balls that the codes keep."
+    tokens, game = tokenise(agent.tokenizer, episodes), agent.games.index(episodes.game)
+    out = {'changed': token_accuracy(agent.world, tokens, game, window, 64, seed)['changed_0']}
+    if episodes.game in BALL_BOX:
+        at = np.sort(rng_for(seed, 'balls').choice(len(episodes), min(1000, len(episodes)), replace=False))
+        real = agent.tokenizer.background(torch.from_numpy(episodes.frames[at][:, None]).to(agent.device), torch.full((len(at),), game, device=agent.device))[0][:, 0]
+        drawn = agent.tokenizer.decode_foreground(tokens.codes[at].to(agent.device), game=torch.full((len(at),), game, device=agent.device))
+        out['ball_recall'] = ball_recall(real, drawn, BALL_BOX[episodes.game])[0]
+    return out
 
 def tell(row):
     "One line about a round that is over."

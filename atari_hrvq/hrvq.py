@@ -79,7 +79,7 @@ class TokenizerConfig:
     hidden: int = 256
     cell_dim: int = 64
     decay: float = .98
-    locate: float = 3000.         # weight of the loss that asks the quantised cells where the rare grays are
+    share: float = 6.             # scale of the places in a cell's vector; the rest of it has norm sqrt(cell_dim)
     level_dropout: float = .1     # share of samples that are decoded from fewer levels in training
 
 # %% ../nbs/04_hrvq.ipynb #tokenizer
@@ -94,7 +94,8 @@ class Tokenizer(Pretrained):
         part = EncoderConfig(games=c.games, frames=1, channels=c.channels, hidden=c.hidden, cell_dim=c.cell_dim, grid=c.grid, dim=0, where=0)
         self.encoder, self.decoder = Encoder(part), CellDecoder(part)
         self.quantizer = ResidualVQ(c.cell_dim, c.levels, c.codes, c.commitment, c.decay)
-        self.inject, self.locate = nn.Linear(48, c.cell_dim, bias=False), nn.Linear(c.cell_dim, 48)
+        basis = torch.linalg.qr(torch.randn(max(48, c.cell_dim), min(48, c.cell_dim), generator=torch.Generator().manual_seed(0)))[0]
+        self.register_buffer('places', basis.T.contiguous() if c.cell_dim >= 48 else basis.contiguous())      # [48, cell_dim]
 
     @property
     def cells(self): return self.config.grid ** 2
@@ -106,15 +107,16 @@ class Tokenizer(Pretrained):
         return self.config.games.index(game)
 
     def look(self, frames, game=None):
-        "`(cells float [N, P, D], foreground [N, 84, 84], counted places [N, P, 48], game int64 [N])` of uint8 frames [N, T, 84, 84], of which the last counts."
+        "`(cells float [N, P, D], foreground [N, 84, 84], game int64 [N])` of uint8 frames [N, T, 84, 84], of which the last counts."
         last = check_frames(frames)[:, -1:]
         foreground, game = self.background(last, game)
         where = self.background.where(last, game, self.config.grid, cell_size(self.config.grid))
-        return self.encoder.cells(foreground) + self.inject(where), foreground[:, 0], where, game
+        cells = self.encoder.cells(foreground)
+        return nn.functional.layer_norm(cells, cells.shape[-1:]) + self.config.share * (where @ self.places), foreground[:, 0], game
 
     def features(self, frames, game=None):
         "Unquantised cells float [N, P, D] and the game int64 [N] of uint8 frames [N, T, 84, 84]."
-        z, _, _, game = self.look(frames, game)
+        z, _, game = self.look(frames, game)
         return z, game
 
     @torch.no_grad()
@@ -149,11 +151,11 @@ class Tokenizer(Pretrained):
 
     def loss(self, frames, action, game):
         "Joint training on uint8 frames [B, T, 84, 84] of `game` int64 [B]; before the codebooks are started the cells pass unquantised."
-        z, target, where, _ = self.look(frames, game)
+        z, target, _ = self.look(frames, game)
         metrics, extra = {}, 0.
         if self.started: z, extra, metrics = self.quantise(z, frames, game)
-        error, places = weighted_error(self.decoder(z)[:, 0], target, self.background.weight(target, game)), (self.locate(z) - where).pow(2).mean()
-        return 10 * error + self.config.locate * places + extra, {'reconstruction': error, 'places': places, **metrics}
+        error = weighted_error(self.decoder(z)[:, 0], target, self.background.weight(target, game))
+        return 10 * error + extra, {'reconstruction': error, **metrics}
 
     @property
     def started(self): return self.quantizer.started

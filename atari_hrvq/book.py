@@ -260,7 +260,7 @@ def execute(root, folder, name, parameters):
     if error and error.ename == 'BookError': raise BookError(error.evalue)
     if error: raise StageFailed(f'{name} failed with {error.ename}: {(error.evalue.strip().splitlines() or [""])[-1]} (the executed notebook is {target})')
     wrote, asked = read_json(folder / 'stages' / f'{name}.json', {}), {k: v for k, v in parameters.items() if k != 'run'}
-    require(wrote == asked, f'{name} ran with {wrote or "nothing"} instead of {asked}: its parameters cell must carry the tag "parameters"')
+    require({k: wrote.get(k) for k in asked} == asked, f'{name} ran with {wrote or "nothing"} instead of {asked}: its parameters cell must carry the tag "parameters"')
 
 # %% ../nbs/91_book.ipynb #chain
 def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None, out=None, root=None):
@@ -362,27 +362,28 @@ def _plain(o):
 # %% ../nbs/91_book.ipynb #ship
 def ship(run, name, to='pretrained', out=sys.stdout):
     "Copy the model `name` of a run to `to/name/` with the metrics of the chapter that made it and a card; returns the folder."
-    run, index, manifest = Path(run), read_json(Path(run) / 'artifacts' / 'index.json', {}), read_json(Path(run) / 'manifest.json', {})
+    run, index = Path(run), read_json(Path(run) / 'artifacts' / 'index.json', {})
     files = [f for f in index if f.startswith(f'{name}/')]
     models = sorted({f.split('/')[0] for f in index if f.endswith('/config.json')})
     require(files, f'{run} holds no model {name!r}: expected one of {", ".join(models) or "those that a finished chapter saved"}')
     chapter = index[files[0]]['chapter']
-    require(manifest.get('stages', {}).get(chapter, {}).get('state') == 'done', f'chapter {chapter}, which makes {name}, is not finished in {run}: run it to its end first')
-    check_files(run, chapter, manifest['stages'][chapter]['files'])
+    require((run / 'stages' / f'{chapter}.json').exists(), f'chapter {chapter}, which makes {name}, is not finished in {run}: run it to its end first')
+    check_files(run, chapter, {f'artifacts/{f}': index[f]['sha256'] for f in files})
     folder = Path(to) / name
     for f in files:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(to) / f, (run / 'artifacts' / f).read_bytes())
     write_atomic(folder / 'metrics.jsonl', (run / 'metrics' / f'{chapter}.jsonl').read_bytes())
-    write_atomic(folder / 'README.md', model_card(run, name, chapter, manifest))
+    write_atomic(folder / 'README.md', model_card(run, name, chapter))
     print(f'{name} of {run}: {sum((Path(to) / f).stat().st_size for f in files) / 1e6:.1f} MB in {folder}', file=out)
     return folder
 
-def model_card(run, name, chapter, manifest):
+def model_card(run, name, chapter):
     "Markdown: how to load a model, where it comes from, what its chapter measured."
     from atari_hrvq.core import Table
     rows = [json.loads(line) for line in (run / 'metrics' / f'{chapter}.jsonl').read_text().splitlines()]
-    config, made, machine = read_json(run / 'artifacts' / name / 'config.json'), read_json(run / 'run.json'), manifest.get('hardware', {})
+    config, made, took, manifest = (read_json(run / p, {}) for p in (f'artifacts/{name}/config.json', 'run.json', f'stages/{chapter}.json', 'manifest.json'))
+    machine, with_ = manifest.get('hardware') or hardware(), manifest.get('versions') or versions()          # a run of plain papermill has no manifest
     number = lambda r, k: f'{r[k]:.4g}' if r.get(k) is not None else ''
     figures = [{'figure': r['name'], 'game': r.get('game', 'all'), 'value': number(r, 'value'), 'interval': f'{number(r, "lo")} to {number(r, "hi")}' if 'lo' in r else '', 'null': number(r, 'null'), 'frames': r.get('frames'), 'note': r.get('note')}
                for r in rows if 'name' in r]
@@ -391,8 +392,8 @@ def model_card(run, name, chapter, manifest):
     from atari_hrvq.{module_of(config['class'])} import {config['class']}
     model = {config['class']}.from_pretrained('pretrained/{name}')
 
-Made by chapter `{chapter}` at profile `{made['profile']}`, games {', '.join(made['games'])}, seed {made['seed']} (one seed), in {clock(manifest['stages'][chapter]['seconds'])} on
-{machine.get('cpu')}, {machine.get('cores')} cores, GPU: {machine.get('gpu') or 'none'}; torch {manifest.get('versions', {}).get('torch')}, ale-py {manifest.get('versions', {}).get('ale-py')}.
+Made by chapter `{chapter}` at profile `{made['profile']}`, games {', '.join(made['games'])}, seed {made['seed']} (one seed), in {clock(took['seconds'])} on
+{machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}; torch {with_['torch']}, ale-py {with_['ale-py']}.
 Weights and configuration load without pickle. `metrics.jsonl` holds every figure and learning curve of the chapter; those below are what the same run measured, on held-out episodes.
 
 {Table(figures)._repr_markdown_()}

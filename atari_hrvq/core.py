@@ -336,7 +336,7 @@ class Stage:
         choices('profile', profile, PROFILES)
         require(isinstance(seed, int) and seed >= 0, f'seed {seed!r} is not a whole number from 0 on')
         self.chapter, self.profile, self.games, self.seed = chapter, profile, parse_games(games), seed
-        self.folder, self.rows, self.device = repo_path(run), [], best_device()
+        self.folder, self.rows, self.device, self.began = repo_path(run), [], best_device(), time.time()
         self.config = {'profile': profile, 'games': list(self.games), 'seed': seed}
         config_path = self.folder / 'run.json'
         if config_path.exists():
@@ -353,6 +353,7 @@ class Stage:
 
     def save(self, name, what):
         "Save a model (has `save_pretrained`) as a folder, or a tree of arrays as one file, and record its hash."
+        (self.folder / 'stages' / f'{self.chapter}.json').unlink(missing_ok=True)         # not finished any more, until `done`
         if hasattr(what, 'save_pretrained'): files = [f for f in what.save_pretrained(self.path(name)).rglob('*') if f.is_file()]
         else: save_tree(self.path(f'{name}.safetensors'), what); files = [self.path(f'{name}.safetensors')]
         index = {k: v for k, v in self.index().items() if not k.startswith((f'{name}/', f'{name}.safetensors'))}
@@ -390,7 +391,7 @@ class Stage:
         "Write the chapter's metrics, join `metrics.jsonl`, drop its checkpoints, and note the parameters it ran with."
         write_atomic(self.folder / 'metrics' / f'{self.chapter}.jsonl', ''.join(json.dumps(r) + '\n' for r in self.rows))
         write_atomic(self.folder / 'metrics.jsonl', ''.join(p.read_text() for p in sorted((self.folder / 'metrics').glob('*.jsonl'))))
-        write_json(self.folder / 'stages' / f'{self.chapter}.json', self.config)
+        write_json(self.folder / 'stages' / f'{self.chapter}.json', {**self.config, 'seconds': round(time.time() - self.began, 1)})
         for p in (self.folder / 'checkpoints').glob(f'{self.chapter}-*'): p.unlink()
         return f'{self.chapter}: {len(self.rows)} rows of metrics in {self.folder.name}'
 

@@ -368,6 +368,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                  'atari_hrvq.hrvq.Tokenizer.hash': ('hrvq.html#tokenizer.hash', 'atari_hrvq/hrvq.py'),
                                  'atari_hrvq.hrvq.Tokenizer.look': ('hrvq.html#tokenizer.look', 'atari_hrvq/hrvq.py'),
                                  'atari_hrvq.hrvq.Tokenizer.loss': ('hrvq.html#tokenizer.loss', 'atari_hrvq/hrvq.py'),
+                                 'atari_hrvq.hrvq.Tokenizer.picture_error': ('hrvq.html#tokenizer.picture_error', 'atari_hrvq/hrvq.py'),
                                  'atari_hrvq.hrvq.Tokenizer.quantise': ('hrvq.html#tokenizer.quantise', 'atari_hrvq/hrvq.py'),
                                  'atari_hrvq.hrvq.Tokenizer.start': ('hrvq.html#tokenizer.start', 'atari_hrvq/hrvq.py'),
                                  'atari_hrvq.hrvq.Tokenizer.started': ('hrvq.html#tokenizer.started', 'atari_hrvq/hrvq.py'),

@@ -79,7 +79,7 @@ class TokenizerConfig:
     hidden: int = 256
     cell_dim: int = 64
     decay: float = .98
-    share: float = 6.             # scale of the places in a cell's vector; the rest of it has norm sqrt(cell_dim)
+    share: float = 4.             # scale of the places in a cell's vector; the rest of it has norm sqrt(cell_dim)
     level_dropout: float = .1     # share of samples that are decoded from fewer levels in training
 
 # %% ../nbs/04_hrvq.ipynb #tokenizer
@@ -154,8 +154,13 @@ class Tokenizer(Pretrained):
         z, target, _ = self.look(frames, game)
         metrics, extra = {}, 0.
         if self.started: z, extra, metrics = self.quantise(z, frames, game)
-        error = weighted_error(self.decoder(z)[:, 0], target, self.background.weight(target, game))
+        error = self.picture_error(self.decoder(z)[:, 0], target, game)
         return 10 * error + extra, {'reconstruction': error, **metrics}
+
+    def picture_error(self, drawn, foreground, game):
+        """Weighted mean squared error of `drawn` and true foregrounds float [N, 84, 84]. A pixel weighs the square root of chapter 02's weight:
+        at the full weight, an object that may be anywhere in a cell is cheapest drawn everywhere in it, as a halo."""
+        return weighted_error(drawn, foreground, self.background.weight(foreground, game).sqrt())
 
     @property
     def started(self): return self.quantizer.started

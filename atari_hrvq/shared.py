@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .core import FitConfig, Stage, fit, progress, require, rng_for, seed_all
-from .encoder import cell_size, frame_batches, labels_at, state_fidelity, weighted_error
+from .encoder import cell_size, frame_batches, labels_at, state_fidelity
 from .frames import load_episodes
 from .hrvq import ResidualVQ, Tokenizer, TokenizerConfig, check_frames, start_codebooks
 from .vq import VectorQuantizer, usage

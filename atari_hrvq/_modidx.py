@@ -68,6 +68,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                  'atari_hrvq.book.command_bench': ('book.html#command_bench', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.command_claims': ('book.html#command_claims', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.command_outputs': ('book.html#command_outputs', 'atari_hrvq/book.py'),
+                                 'atari_hrvq.book.command_play': ('book.html#command_play', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.command_run': ('book.html#command_run', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.command_ship': ('book.html#command_ship', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.command_status': ('book.html#command_status', 'atari_hrvq/book.py'),

@@ -353,7 +353,7 @@ const STYLE = `.hrvq{font:14px/1.45 system-ui,sans-serif;color:inherit;max-width
 .hrvq *{box-sizing:border-box}.hrvq .row{display:flex;flex-wrap:wrap;gap:8px 14px;align-items:flex-end;margin:8px 0}.hrvq .cols{display:flex;flex-wrap:wrap;gap:12px 26px;align-items:flex-start}
 .hrvq .panel{border:1px solid var(--line);border-radius:10px;padding:10px 14px}.hrvq label{display:inline-flex;flex-direction:column;gap:2px;font-size:12px}
 .hrvq button,.hrvq select,.hrvq input[type=number]{font:inherit;color:inherit;background:color-mix(in srgb,currentColor 7%,transparent);border:1px solid color-mix(in srgb,currentColor 36%,transparent);border-radius:6px;padding:4px 10px;min-height:32px}
-.hrvq input[type=range]{accent-color:#0072b2;width:210px;margin:8px 0}.hrvq input[type=number]{width:88px}.hrvq button{cursor:pointer}.hrvq button:hover{background:color-mix(in srgb,currentColor 16%,transparent)}
+.hrvq input[type=range]{accent-color:#0072b2;width:210px;margin:8px 0}.hrvq input[type=number]{width:88px}.hrvq button{cursor:pointer}.hrvq button:disabled{opacity:.35;cursor:default}.hrvq button:hover{background:color-mix(in srgb,currentColor 16%,transparent)}
 .hrvq button[aria-pressed=true]{background:#0072b2;border-color:#0072b2;color:#fff}.hrvq option{background:Canvas;color:CanvasText}.hrvq :focus-visible{outline:2px solid #e69f00;outline-offset:2px}
 .hrvq canvas{image-rendering:pixelated;display:block}.hrvq figure{margin:0;font-size:12px}.hrvq figcaption{margin-top:3px}.hrvq h4{margin:10px 0 4px;font-size:13px;font-weight:600}.hrvq .note{font-size:12px;opacity:.8;margin:4px 0;max-width:72ch}
 .hrvq .said{border-left:4px solid #d55e00;padding:6px 12px;margin:8px 0}.hrvq .said:empty{display:none}.hrvq table{border-collapse:collapse;font-size:12px;margin:2px 0}.hrvq th,.hrvq td{text-align:left;padding:2px 12px 2px 0;border:0;background:none;font-variant-numeric:tabular-nums}
@@ -386,13 +386,13 @@ ESM_TOKENS = r"""
 const ORDERS = {'use': (L, i) => -L.count[i].reduce((a, b) => a + b), 'shared most (balance)': (L, i) => -L.balance[i] - 1e-6 * Math.min(...L.count[i]), 'tells most about the game': (L, i) => -L.information[i] - 1e-7 * Math.max(...L.count[i]),
   'tells most about a variable': (L, i) => -Math.max(0, ...L.tells[i].map(t => Math.abs(t[2]) * Math.min(1, t[3] / 20))), 'number': (L, i) => L.codes[i]};
 function tokens(model, root, d) {
-  const sheets = d.sheets.map(s => new Sheet(s)), side = d.cell * 126 / 84; let order = [], at = 0, places = [];
+  const sheets = d.sheets.map(s => new Sheet(s)), side = d.cell * 96 / 84; let order = [], at = 0, places = [];
   const L = () => d.levels[+level.value], said = el('div', {className: 'said', role: 'alert'});
-  const [levelBox, level] = choice('Level', d.levels.map((l, i) => `${i} (${l.codes.length} of ${l.size} codes in use)`), () => arrange(false));
+  const [levelBox, level] = choice('Level', d.levels.map((l, i) => `${i} (${l.codes.length} of ${l.size} codes used)`), () => arrange(false));
   const [sortBox, sort] = choice('Sort codes by', Object.keys(ORDERS), () => arrange(false));
   const [rankBox, rank] = range('Place in this order', 0, 0, () => go(+rank.value));
   const find = el('input', {type: 'number', min: 0, onchange: () => jump(+level.value, find.value)}), name = el('div', {role: 'status', 'aria-live': 'polite'});
-  const uses = el('div'), tells = el('div'), near = row(), shown = el('div'), cells = el('div'), map = el('div', {tabIndex: 0, role: 'group', 'aria-label': 'map of the codebook: arrow keys left and right change the code, up and down the level'});
+  const uses = el('div'), tells = el('div'), near = el('div', {style: 'display:flex;flex-wrap:wrap;gap:6px'}), shown = el('div', {className: 'cols', style: 'margin-top:6px;gap:4px 20px'}), cells = el('div'), map = el('div', {tabIndex: 0, role: 'group', 'aria-label': 'map of the codebook: arrow keys left and right change the code, up and down the level'});
   const go = i => { at = Math.max(0, Math.min(order.length - 1, i)); said.textContent = ''; draw(); };
   const jump = (l, text) => {
     const k = Number(text), size = d.levels[l].size;
@@ -424,23 +424,23 @@ function tokens(model, root, d) {
     map.replaceChildren(g);
   };
   const draw = () => {
-    const now = L(), i = order[at], k = now.codes[i], l = +level.value, total = now.count[i].reduce((a, b) => a + b), most = Math.max(...now.count[i], now.band[i][1]) || 1, W = 300;
+    const now = L(), i = order[at], k = now.codes[i], l = +level.value, total = now.count[i].reduce((a, b) => a + b), most = Math.max(...now.count[i], now.band[i][1]) || 1, W = 272;
     rank.value = at; rank.setAttribute('aria-valuetext', `code ${k}`); find.value = k;
     name.replaceChildren(el('b', {textContent: `Code ${k} of level ${l}`}), `, number ${at + 1} of ${order.length}: used ${total} times; balance ${number(now.balance[i])}, game information ${number(now.information[i])} bits`);
-    const bars = svg('svg', {width: W, height: 26 * d.games.length + 4, role: 'img', 'aria-label': 'use by game: ' + d.games.map((g, j) => `${g} ${now.count[i][j]}`).join(', ')}), x = v => 84 + v / most * 170;
+    const bars = svg('svg', {width: W, height: 26 * d.games.length + 4, role: 'img', 'aria-label': 'use by game: ' + d.games.map((g, j) => `${g} ${now.count[i][j]}`).join(', ')}), x = v => 84 + v / most * 150;
     const [low, high] = now.band[i]; bars.append(svg('rect', {x: x(low), y: 0, width: Math.max(1.5, x(high) - x(low)), height: 26 * d.games.length, fill: 'currentColor', opacity: .2}));
     d.games.forEach((g, j) => bars.append(svg('text', {x: 0, y: 26 * j + 17}, g), svg('rect', {x: 84, y: 26 * j + 7, width: Math.max(0, x(now.count[i][j]) - 84), height: 13, fill: COLOURS[j]}), svg('text', {x: x(now.count[i][j]) + 5, y: 26 * j + 18}, String(now.count[i][j]))));
     uses.replaceChildren(bars, el('div', {className: 'note', textContent: `gray: where 95% of the counts lie if the games are shuffled over the ${d.frames} frames of each`}));
     const peak = Math.max(...now.where[i]), grid = svg('svg', {width: 84, height: 84, role: 'img', 'aria-label': 'how often in each cell: ' + now.where[i].join(', ')});
     now.where[i].forEach((n, p) => { const s = 84 / d.grid; grid.append(svg('rect', {x: p % d.grid * s, y: Math.floor(p / d.grid) * s, width: s - 1, height: s - 1, fill: '#0072b2', opacity: n ? .12 + .88 * n / peak : .04, stroke: 'currentColor', 'stroke-opacity': .25})); });
     cells.replaceChildren(grid);
-    tells.replaceChildren(now.tells[i].length ? el('table', {}, el('tr', {}, ...['game', 'variable', 'difference', 'frames'].map(t => el('th', {textContent: t}))), ...now.tells[i].map(([g, v, s, n]) =>
+    tells.replaceChildren(now.tells[i].length && now.tells[i].every(t => Math.abs(t[2]) < .005) ? el('div', {className: 'note', textContent: 'it is in nearly every frame, so it tells nothing'}) : now.tells[i].length ? el('table', {}, el('tr', {}, ...['game', 'variable', 'difference', 'frames'].map(t => el('th', {textContent: t}))), ...now.tells[i].map(([g, v, s, n]) =>
       el('tr', {className: Math.abs(s) * Math.sqrt(n) < 3 ? 'dim' : ''}, ...[d.games[g], v, (s > 0 ? '+' : '') + number(s) + ' sd', n].map(t => el('td', {textContent: t}))))) : el('div', {className: 'note', textContent: 'too few frames with this code to say'}));
     near.replaceChildren(...now.near[i].map(([j, gap]) => button(`${j}`, () => jump(l, j), {title: `distance ${gap}`, 'aria-label': `go to code ${j}, distance ${gap}`})));
     const focus = shown.contains(document.activeElement) && [document.activeElement.dataset.game, document.activeElement.dataset.n];
     shown.replaceChildren(...d.sheets.map((s, g) => {
       const hits = s.codes.map((f, n) => n).filter(n => s.codes[n].some(c => c[l] === k)).slice(0, 3), others = hits.length ? [] : [0].slice(0, s.codes.length);
-      return el('div', {style: 'margin:6px 0'}, el('h4', {textContent: `${s.game}: ${hits.length ? 'frames with this code' : now.count[i][g] ? 'used, but none of the frames shown here has it; another frame' : 'does not use this code; one of its frames'}`}), row(...[...hits, ...others].map(n => frame(s, g, n, l, k))));
+      return el('div', {style: 'width:304px'}, el('h4', {textContent: s.game}), el('div', {className: 'note', textContent: hits.length ? 'frames with this code' : now.count[i][g] ? 'uses it, but in none of the frames shown here; another one' : 'does not use this code; one of its frames'}}), el('div', {style: 'display:flex;gap:8px'}, ...[...hits, ...others].map(n => frame(s, g, n, l, k))));
     }));
     if (focus) shown.querySelector(`[data-game="${focus[0]}"][data-n="${focus[1]}"]`)?.focus();
     const here = map.querySelector('.here'), lines = map.querySelector('.lines'); set(here, {}); here.setAttribute('cx', places[i][0]); here.setAttribute('cy', places[i][1]);
@@ -448,8 +448,8 @@ function tokens(model, root, d) {
     model.set('choice', [l, k]); model.save_changes();
   };
   const frame = (s, g, n, l, k) => {
-    const c = picture(`${s.game}, step ${s.steps[n]}`, 126); sheets[g].paint(c, n); let cursor = s.codes[n].findIndex(x => x[l] === k);
-    const box = el('div', {className: 'pic', tabIndex: 0, role: 'group', 'aria-label': `${s.game}, step ${s.steps[n]}: arrow keys move over the cells, Enter shows the code there`}, c), dot = outline(0, d.grid, side, ''); box.style.cssText = 'width:126px;height:126px;overflow:hidden;cursor:pointer';
+    const c = picture(`${s.game}, step ${s.steps[n]}`, 96); sheets[g].paint(c, n); let cursor = s.codes[n].findIndex(x => x[l] === k);
+    const box = el('div', {className: 'pic', tabIndex: 0, role: 'group', 'aria-label': `${s.game}, step ${s.steps[n]}: arrow keys move over the cells, Enter shows the code there`}, c), dot = outline(0, d.grid, side, ''); box.style.cssText = 'width:96px;height:96px;overflow:hidden;cursor:pointer';
     box.dataset.game = g; box.dataset.n = n;
     s.codes[n].forEach((x, p) => { if (x[l] === k) box.append(outline(p, d.grid, side, 'outline:2px solid #e69f00;outline-offset:-2px')); });
     const mark = p => { cursor = Math.max(0, Math.min(s.codes[n].length - 1, p)); dot.replaceWith(); dot.style.cssText = outline(cursor, d.grid, side, 'outline:2px dashed #56b4e9;outline-offset:-5px').style.cssText; box.append(dot); box.title = `code ${s.codes[n][cursor][l]}`; };
@@ -466,8 +466,8 @@ function tokens(model, root, d) {
   };
   model.on?.('change:choice', () => { const [l, k] = model.get('choice') || []; if (l === undefined || (l === +level.value && k === L().codes[order[at]])) return; d.levels[l] ? jump(l, k) : said.textContent = `There is no level ${l}: levels are 0 to ${d.levels.length - 1}.`; });
   root.append(row(levelBox, sortBox, button('\u2039', () => go(at - 1), {'aria-label': 'previous code'}), rankBox, button('\u203a', () => go(at + 1), {'aria-label': 'next code'}), labelled('Code number', find)), said,
-    el('div', {className: 'panel'}, name, el('div', {className: 'cols'}, el('div', {}, el('h4', {textContent: 'Use by game'}), uses, el('h4', {textContent: 'Cells it is used in'}), cells),
-      el('div', {}, el('h4', {textContent: 'What it tells about'}), tells, el('div', {className: 'note', textContent: 'mean with the code minus mean of all frames; pale: within three standard errors'}), el('h4', {textContent: 'Nearest codes'}), near),
+    el('div', {className: 'panel'}, name, el('div', {className: 'cols'}, el('div', {style: 'width:272px'}, el('h4', {textContent: 'Use by game'}), uses, el('h4', {textContent: 'Cells it is used in'}), cells),
+      el('div', {style: 'width:266px'}, el('h4', {textContent: 'What it tells about'}), tells, el('div', {className: 'note', textContent: 'mean with the code minus mean of all frames; pale: within three standard errors'}), el('h4', {textContent: 'Nearest codes'}), near),
       el('div', {}, el('h4', {textContent: 'Map of the codebook'}), map, legend(d.games), el('div', {className: 'note', style: 'max-width:300px', textContent: 'Each dot is a code, its size its use, its slices the games. Click one, or step with the arrow keys.'})))), shown,
     el('div', {className: 'note', textContent: 'Outlined: the cells with this code. Click any cell to see its own code.'}));
   arrange();
@@ -628,7 +628,7 @@ function dream(model, root, d) {
     root.dataset.step = e.step; root.dataset.rate = fps ? fps.toFixed(1) : ''; root.dataset.who = live ? who : track ? 'you' : 'agent';
   };
   const plot = apart => {
-    const W = 560, H = 96, from = Math.max(0, at - 240), part = log.slice(from, (live ? at : log.length - 1) + 1), n = Math.max(40, part.length - 1), top = Math.max(20, ...part.map(x => x.error || 0)), x = i => 34 + (i - from) / n * (W - 40), y = v => H - 16 - v / top * (H - 24);
+    const W = 560, H = 96, from = Math.max(0, at - 240), part = log.slice(from, (live ? at : log.length - 1) + 1), n = Math.max(live ? 40 : 4, part.length - 1), top = Math.max(20, ...part.map(x => x.error || 0)), x = i => 34 + (i - from) / n * (W - 40), y = v => H - 16 - v / top * (H - 24);
     const line = (k, more) => svg('polyline', {points: part.map((e, i) => e[k] == null ? '' : `${x(from + i).toFixed(1)},${y(e[k]).toFixed(1)}`).filter(Boolean).join(' '), fill: 'none', 'stroke-width': 2, ...more}), g = svg('svg', {viewBox: `0 0 ${W} ${H}`, width: W, height: H, style: 'max-width:100%;height:auto', role: 'img', 'aria-label': `distance of the pictures by step, now ${number(log[at].error, 1)}, tokenizer alone ${number(log[at].floor, 1)}`});
     g.append(svg('line', {x1: 34, x2: W - 6, y1: y(0), y2: y(0), stroke: 'currentColor', opacity: .4}), svg('text', {x: 0, y: y(top) + 8}, top.toFixed(0)), svg('text', {x: 22, y: y(0) + 4}, '0'), svg('text', {x: 34, y: H - 2}, `step ${log[from]?.step ?? 0}`), svg('text', {x: W - 40, y: H - 2}, String((log[from]?.step ?? 0) + n)), line('floor', {stroke: '#0072b2', 'stroke-dasharray': '5 3'}), line('error', {stroke: '#d55e00'}));
     const i = apart == null ? -1 : log.findIndex(e => e.step === apart); if (i >= from) g.append(svg('line', {x1: x(i), x2: x(i), y1: 4, y2: y(0), stroke: '#e69f00', 'stroke-width': 2}), svg('text', {x: x(i) + 4, y: 12}, 'part here'));

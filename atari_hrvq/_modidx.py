@@ -299,6 +299,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                     'atari_hrvq.explore.make_widget': ('explore.html#make_widget', 'atari_hrvq/explore.py'),
                                     'atari_hrvq.explore.module_text': ('explore.html#module_text', 'atari_hrvq/explore.py'),
                                     'atari_hrvq.explore.null_band': ('explore.html#null_band', 'atari_hrvq/explore.py'),
+                                    'atari_hrvq.explore.one_thread': ('explore.html#one_thread', 'atari_hrvq/explore.py'),
                                     'atari_hrvq.explore.open_run': ('explore.html#open_run', 'atari_hrvq/explore.py'),
                                     'atari_hrvq.explore.page_twin': ('explore.html#page_twin', 'atari_hrvq/explore.py'),
                                     'atari_hrvq.explore.parting': ('explore.html#parting', 'atari_hrvq/explore.py'),

@@ -4,7 +4,7 @@
 
 # %% ../nbs/90_explore.ipynb #imports
 from __future__ import annotations
-import base64, functools, gzip, hashlib, io, itertools, json, math, secrets, struct, threading, time
+import base64, contextlib, functools, gzip, hashlib, io, itertools, json, math, secrets, struct, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np
@@ -24,8 +24,8 @@ from .world import WorldModel, tokenise
 __all__ = ['MOVES', 'ESM_BASE', 'ESM_TOKENS', 'ESM_LEVELS', 'ESM_EXPERTS', 'ESM_GIF', 'ESM_DREAM', 'ESM', 'NUMBER', 'WIDGETS',
            'PAGE', 'Sheet', 'balance', 'code_information', 'null_band', 'tells', 'code_map', 'covering', 'level_data',
            'code_examples', 'level_pictures', 'expert_choices', 'expert_map', 'parting', 'controls', 'Dreamer',
-           'Player', 'record', 'recording', 'dream_data', 'squeeze', 'module_text', 'page_twin', 'make_widget', 'Shown',
-           'widget_data', 'explorer', 'open_run', 'explorer_page', 'player_server', 'play']
+           'one_thread', 'Player', 'record', 'recording', 'dream_data', 'squeeze', 'module_text', 'page_twin',
+           'make_widget', 'Shown', 'widget_data', 'explorer', 'open_run', 'explorer_page', 'player_server', 'play']
 
 # %% ../nbs/90_explore.ipynb #sheet
 class Sheet:
@@ -275,6 +275,14 @@ class Dreamer:
         self.error.append(apart(now['dream'])); self.floor.append(apart(again))
         now.update(real=frame, real_reward=float(reward), real_over=self.real_over, error=self.error[-1], floor=self.floor[-1], parting=None if (k := parting(self.error, self.floor)) is None else k + 1)
 
+# %% ../nbs/90_explore.ipynb #one-thread
+@contextlib.contextmanager
+def one_thread():
+    "One torch thread inside: the matrices of a single dream are so small that threads would only wait for each other."
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
+
 # %% ../nbs/90_explore.ipynb #player
 class Player:
     """Answers `{'do': 'start', 'game', 'seed'}` and `{'do': 'step', 'action': int or None}` with `(content for JSON, [dream bytes, real bytes])`.
@@ -297,7 +305,7 @@ class Player:
 
     def handle(self, message):
         try:
-            with self.lock: return self._handle(message)
+            with self.lock, one_thread(): return self._handle(message)
         except BookError as e: return {'sentence': str(e)}, []
 
     def _handle(self, m):
@@ -440,7 +448,7 @@ function tokens(model, root, d) {
     const focus = shown.contains(document.activeElement) && [document.activeElement.dataset.game, document.activeElement.dataset.n];
     shown.replaceChildren(...d.sheets.map((s, g) => {
       const hits = s.codes.map((f, n) => n).filter(n => s.codes[n].some(c => c[l] === k)).slice(0, 3), others = hits.length ? [] : [0].slice(0, s.codes.length);
-      return el('div', {style: 'width:304px'}, el('h4', {textContent: s.game}), el('div', {className: 'note', textContent: hits.length ? 'frames with this code' : now.count[i][g] ? 'uses it, but in none of the frames shown here; another one' : 'does not use this code; one of its frames'}}), el('div', {style: 'display:flex;gap:8px'}, ...[...hits, ...others].map(n => frame(s, g, n, l, k))));
+      return el('div', {style: 'width:304px'}, el('h4', {textContent: s.game}), el('div', {className: 'note', textContent: hits.length ? 'frames with this code' : now.count[i][g] ? 'uses it, but in none of the frames shown here; another one' : 'does not use this code; one of its frames'}), el('div', {style: 'display:flex;gap:8px'}, ...[...hits, ...others].map(n => frame(s, g, n, l, k))));
     }));
     if (focus) shown.querySelector(`[data-game="${focus[0]}"][data-n="${focus[1]}"]`)?.focus();
     const here = map.querySelector('.here'), lines = map.querySelector('.lines'); set(here, {}); here.setAttribute('cx', places[i][0]); here.setAttribute('cy', places[i][1]);

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from .core import BookError, Stage, choices, derive, read_json, require, rng_for, write_atomic
-from .agent import Agent
+from .agent import Agent, head
 from .dream import observe
 from .encoder import cell_size
 from .frames import action_mask, legal_actions, load_episodes, make_env, screen_positions, state_labels
@@ -183,11 +183,11 @@ def expert_map(world, tokenizer, episodes, stretch=120, moments=8):
             'information': [round(b, 3) for b in bits], 'steps': len(every), 'strips': strips}
 
 # %% ../nbs/90_explore.ipynb #parting
-def parting(error, floor, times=2., steps=5):
-    "The first index from which `error` exceeds `times` `floor` for `steps` steps in a row (lists of numbers of equal length); None if it never does."
+def parting(error, still, steps=5, least=1.):
+    "The first index of `steps` in a row at which `error` exceeds `still` and `least` (lists of numbers of equal length); None if there is none."
     run = 0
-    for i, (e, f) in enumerate(zip(error, floor, strict=True)):
-        run = run + 1 if e > times * max(f, 1.) else 0
+    for i, (e, f) in enumerate(zip(error, still, strict=True)):
+        run = run + 1 if e > max(f, least) else 0
         if run == steps: return i - steps + 1
     return None
 
@@ -239,8 +239,8 @@ class Dreamer:
         self.world.eval()
         self.cache = self.world.start(codes[None], torch.from_numpy(e.actions[at[:-1]])[None].to(self.device), torch.full((1,), self.index, device=self.device), self.context + self.capacity)
         self.generator = torch.Generator().manual_seed(derive(seed, 'dream', self.game) % 2**62)
-        self.error, self.floor, self.over, self.real_over, self.taken = [], [], False, False, []
-        return {'step': 0, 'origin': i, 'dream': self.picture(self.cache.codes), 'real': frame, 'over': False, 'real_over': False}
+        self.error, self.still, self.over, self.real_over, self.taken, self.first = [], [], False, False, [], self.picture(self.cache.codes)
+        return {'step': 0, 'origin': i, 'dream': self.first, 'real': frame, 'over': False, 'real_over': False}
 
     def picture(self, codes): return self.tokenizer.decode(codes.to(torch.uint8), self.index)[0].round().byte().cpu().numpy()
 
@@ -270,10 +270,9 @@ class Dreamer:
         "One step of the real game, and how far the dream is from it."
         frame, reward, terminated, truncated, _ = self.env.step(action)
         self.real_over = bool(terminated or truncated)
-        again = self.picture(self.tokenizer.encode(torch.from_numpy(frame)[None, None]))
-        apart = lambda a: float(np.square(a.astype(np.float32) - frame).mean() ** .5)
-        self.error.append(apart(now['dream'])); self.floor.append(apart(again))
-        now.update(real=frame, real_reward=float(reward), real_over=self.real_over, error=self.error[-1], floor=self.floor[-1], parting=None if (k := parting(self.error, self.floor)) is None else k + 1)
+        seen = self.picture(self.tokenizer.encode(torch.from_numpy(frame)[None, None])).astype(np.float32)
+        for distances, picture in ((self.error, now['dream']), (self.still, self.first)): distances.append(float(np.square(picture - seen).mean() ** .5))
+        now.update(real=frame, real_reward=float(reward), real_over=self.real_over, error=self.error[-1], still=self.still[-1], parting=None if (k := parting(self.error, self.still)) is None else k + 1)
 
 # %% ../nbs/90_explore.ipynb #one-thread
 @contextlib.contextmanager
@@ -338,7 +337,7 @@ def recording(dreamer, seed, steps=60, forks=2, after=20):
         rows = rows if fork is None else rows[fork + 1:]
         number = lambda r, k, d=3: round(r[k], d) if r.get(k) is not None else None
         tracks.append({'name': name, 'fork': fork, 'keys': keys, 'dream': [sheet.add(r['dream']) for r in rows], 'real': [None if r['real'] is None else sheet.add(r['real']) for r in rows],
-                       **{k: [number(r, k) for r in rows] for k in ('reward', 'proceed', 'error', 'floor', 'real_reward')}, 'action': [r.get('action', 0) for r in rows],
+                       **{k: [number(r, k) for r in rows] for k in ('reward', 'proceed', 'error', 'still', 'real_reward')}, 'action': [r.get('action', 0) for r in rows],
                        'over': rows[-1]['over'], 'parting': next((r['parting'] for r in reversed(rows) if r.get('parting') is not None), None)})
     trunk = record(dreamer, seed, steps)
     keep('the agent plays' if dreamer.policy is not None else 'no button', trunk, None, '')
@@ -356,9 +355,9 @@ def dream_data(player, steps=60, forks=2, after=20, recorded=None, seed=0):
 
 # %% ../nbs/90_explore.ipynb #module
 ESM_BASE = r"""
-const COLOURS = ['#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7'];
+const CANVAS = {willReadFrequently: true}, COLOURS = ['#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7'];
 const STYLE = `.hrvq{font:14px/1.45 system-ui,sans-serif;color:inherit;max-width:960px;margin:10px 0;--line:color-mix(in srgb,currentColor 24%,transparent)}
-.hrvq *{box-sizing:border-box}.hrvq .row{display:flex;flex-wrap:wrap;gap:8px 14px;align-items:flex-end;margin:8px 0}.hrvq .cols{display:flex;flex-wrap:wrap;gap:12px 26px;align-items:flex-start}
+.hrvq *{box-sizing:border-box}.hrvq .row{display:flex;flex-wrap:wrap;gap:8px 14px;align-items:flex-end;margin:8px 0}.hrvq .cols{display:flex;flex-wrap:wrap;gap:12px 22px;align-items:flex-start}
 .hrvq .panel{border:1px solid var(--line);border-radius:10px;padding:10px 14px}.hrvq label{display:inline-flex;flex-direction:column;gap:2px;font-size:12px}
 .hrvq button,.hrvq select,.hrvq input[type=number]{font:inherit;color:inherit;background:color-mix(in srgb,currentColor 7%,transparent);border:1px solid color-mix(in srgb,currentColor 36%,transparent);border-radius:6px;padding:4px 10px;min-height:32px}
 .hrvq input[type=range]{accent-color:#0072b2;width:210px;margin:8px 0}.hrvq input[type=number]{width:88px}.hrvq button{cursor:pointer}.hrvq button:disabled{opacity:.35;cursor:default}.hrvq button:hover{background:color-mix(in srgb,currentColor 16%,transparent)}
@@ -383,7 +382,7 @@ const legend = (names, colours = COLOURS) => el('div', {className: 'note'}, ...n
 const number = (x, digits = 2) => x === null || x === undefined ? '' : x.toFixed(digits);
 class Sheet {
   constructor(d) { this.columns = d.columns; this.ready = new Promise(done => { const i = new Image(); i.onload = () => { this.image = i; done(); }; i.src = d.src; }); }
-  paint(canvas, n) { const c = canvas.getContext('2d'), k = n % this.columns, draw = () => c.drawImage(this.image, 84 * k, 84 * (n - k) / this.columns, 84, 84, 0, 0, 84, 84); this.image ? draw() : this.ready.then(draw); }
+  paint(canvas, n) { const c = canvas.getContext('2d', CANVAS), k = n % this.columns, draw = () => c.drawImage(this.image, 84 * k, 84 * (n - k) / this.columns, 84, 84, 0, 0, 84, 84); this.image ? draw() : this.ready.then(draw); }
 }
 const picture = (label, size) => { const c = el('canvas', {width: 84, height: 84, role: 'img', 'aria-label': label}); c.style.width = c.style.height = `${size}px`; return c; };
 const outline = (cell, grid, s, style) => { const i = el('i'); i.style.cssText = `left:${cell % grid * s}px;top:${Math.floor(cell / grid) * s}px;width:${s}px;height:${s}px;${style}`; return i; };
@@ -475,7 +474,7 @@ function tokens(model, root, d) {
   model.on?.('change:choice', () => { const [l, k] = model.get('choice') || []; if (l === undefined || (l === +level.value && k === L().codes[order[at]])) return; d.levels[l] ? jump(l, k) : said.textContent = `There is no level ${l}: levels are 0 to ${d.levels.length - 1}.`; });
   root.append(row(levelBox, sortBox, button('\u2039', () => go(at - 1), {'aria-label': 'previous code'}), rankBox, button('\u203a', () => go(at + 1), {'aria-label': 'next code'}), labelled('Code number', find)), said,
     el('div', {className: 'panel'}, name, el('div', {className: 'cols'}, el('div', {style: 'width:272px'}, el('h4', {textContent: 'Use by game'}), uses, el('h4', {textContent: 'Cells it is used in'}), cells),
-      el('div', {style: 'width:266px'}, el('h4', {textContent: 'What it tells about'}), tells, el('div', {className: 'note', textContent: 'mean with the code minus mean of all frames; pale: within three standard errors'}), el('h4', {textContent: 'Nearest codes'}), near),
+      el('div', {style: 'width:292px'}, el('h4', {textContent: 'What it tells about'}), tells, el('div', {className: 'note', textContent: 'mean with the code minus mean of all frames; pale: within three standard errors'}), el('h4', {textContent: 'Nearest codes'}), near),
       el('div', {}, el('h4', {textContent: 'Map of the codebook'}), map, legend(d.games), el('div', {className: 'note', style: 'max-width:300px', textContent: 'Each dot is a code, its size its use, its slices the games. Click one, or step with the arrow keys.'})))), shown,
     el('div', {className: 'note', textContent: 'Outlined: the cells with this code. Click any cell to see its own code.'}));
   arrange();
@@ -488,9 +487,9 @@ function levels(model, root, d) {
   const sheets = d.sheets.map(s => new Sheet(s)), [frameBox, pick] = choice('Frame', d.rows.map(r => `${r.game}, step ${r.step}`), () => draw()), [levelBox, n] = range('Levels decoded', d.levels, d.levels, () => draw());
   const shots = ['original', 'decoded', 'difference'].map(t => [picture(t, 224), el('figcaption')]), table = el('div'), name = el('div', {role: 'status', 'aria-live': 'polite'});
   const difference = (a, b, to) => {
-    const read = c => c.getContext('2d').getImageData(0, 0, 84, 84).data, x = read(a), y = read(b), out = new ImageData(84, 84);
+    const read = c => c.getContext('2d', CANVAS).getImageData(0, 0, 84, 84).data, x = read(a), y = read(b), out = new ImageData(84, 84);
     for (let i = 0; i < x.length; i += 4) { const by = y[i] - x[i]; out.data.set(by > 0 ? [230, 159, 0] : [0, 114, 178], i); out.data[i + 3] = Math.min(255, 2 * Math.abs(by)); }
-    to.getContext('2d').putImageData(out, 0, 0);
+    to.getContext('2d', CANVAS).putImageData(out, 0, 0);
   };
   const draw = () => {
     const r = d.rows[pick.value], k = +n.value, s = sheets[r.sheet], words = Object.keys(r.objects);
@@ -602,7 +601,7 @@ function dream(model, root, d) {
   const next = () => { timer = setTimeout(() => { if (!playing || stopped) return; if (live) ask({do: 'step', action: who === 'you' ? wanted() : null}); else { if (at + 1 >= log.length) { setPlaying(false); return; } at++; clocked(); show(true); next(); } }, Math.max(0, sent + period() - performance.now())); sent = Math.max(performance.now(), sent + period()); };
   const clocked = () => { times.push(performance.now()); if (times.length > 30) times.shift(); }, rate = () => times.length > 2 ? (times.length - 1) * 1000 / (times[times.length - 1] - times[0]) : null;
   const ask = m => { if (waiting) return; waiting = true; clearTimeout(patience); patience = setTimeout(() => { if (waiting) said.textContent = 'The kernel has not answered for five seconds: it is busy or gone; wait for it, or run this cell again.'; }, 5000); model.send(m); };
-  const gray = bytes => canvas => { const out = new ImageData(84, 84); for (let i = 0; i < 7056; i++) { out.data.fill(bytes[i], 4 * i, 4 * i + 3); out.data[4 * i + 3] = 255; } canvas.getContext('2d').putImageData(out, 0, 0); };
+  const gray = bytes => canvas => { const out = new ImageData(84, 84); for (let i = 0; i < 7056; i++) { out.data.fill(bytes[i], 4 * i, 4 * i + 3); out.data[4 * i + 3] = 255; } canvas.getContext('2d', CANVAS).putImageData(out, 0, 0); };
   const hear = (m, buffers = []) => {
     waiting = false; clearTimeout(patience);
     if (m.sentence) { said.textContent = m.sentence; setPlaying(false); return; }
@@ -613,7 +612,7 @@ function dream(model, root, d) {
     if (m.over) setPlaying(false); else if (playing) next();
   };
   const tape = () => d.recordings[name()], sheets = {};
-  const entries = (t, from = 0) => t.dream.map((n, i) => ({step: from + i, dream: c => sheets[name()].paint(c, n), real: t.real[i] === null ? null : c => sheets[name()].paint(c, t.real[i]), reward: t.reward[i] ?? 0, proceed: t.proceed[i] ?? 1, error: t.error[i], floor: t.floor[i], real_reward: t.real_reward[i] ?? 0, by: t.fork === null ? 'agent' : 'you', parting: t.parting, over: t.over && i === t.dream.length - 1}));
+  const entries = (t, from = 0) => t.dream.map((n, i) => ({step: from + i, dream: c => sheets[name()].paint(c, n), real: t.real[i] === null ? null : c => sheets[name()].paint(c, t.real[i]), reward: t.reward[i] ?? 0, proceed: t.proceed[i] ?? 1, error: t.error[i], still: t.still[i], real_reward: t.real_reward[i] ?? 0, by: t.fork === null ? 'agent' : 'you', parting: t.parting, over: t.over && i === t.dream.length - 1}));
   const follow = (i, start) => { const t = tape().tracks[i], trunk = tape().tracks[0]; track = i; branch.value = i; log = t.fork === null ? entries(t) : [...entries(trunk).slice(0, t.fork + 1), ...entries(t, t.fork + 1)]; at = Math.min(start, log.length - 1); show(); mark(); };
   const jump = k => { const hits = tape().tracks.map((t, i) => [t, i]).filter(([t]) => t.keys === k).sort(([a], [b]) => a.fork - b.fork), best = hits.filter(([t]) => t.fork <= at).pop() || hits[0]; if (best) { follow(best[1], best[0].fork); setPlaying(true); } };
   const restart = (go = false) => {
@@ -630,19 +629,19 @@ function dream(model, root, d) {
     meters.replaceChildren(el('div', {style: 'font-size:13px;margin-bottom:6px'}, el('b', {textContent: live ? (who === 'agent' ? 'the agent plays' : 'you play') : tape().tracks[track].name}), ` \u00b7 step ${e.step}`, moving && fps ? ` \u00b7 ${fps.toFixed(0)} a second` : ''),
       meter(`predicted reward of this step: ${number(e.reward ?? 0)}`, ((e.reward ?? 0) + 1) / 2, .5), meter(`the model thinks the game goes on: ${Math.round(100 * (e.proceed ?? 1))}%`, e.proceed ?? 1),
       el('table', {}, el('tr', {}, el('th', {textContent: 'rewards so far'}), el('th', {textContent: 'dream'}), el('th', {textContent: 'real'})), el('tr', {}, el('td', {textContent: 'sum of signs'}), el('td', {textContent: number(sum(x => x.reward || 0), 1)}), el('td', {textContent: number(sum(x => Math.sign(x.real_reward || 0)), 0)}))),
-      el('div', {className: 'note', textContent: apart != null ? `they parted at step ${apart}` : 'they have not parted yet'}));
+      el('div', {className: 'note', textContent: apart != null ? `they parted at step ${apart}: from there a still picture was nearer` : 'they have not parted yet'}));
     status.textContent = e.over ? (e.full ? 'This dream is as long as it can be: press New start.' : 'The model says that the game is over: press New start.') : '';
     plot(apart); if (film && moving) shoot();
     root.dataset.step = e.step; root.dataset.rate = fps ? fps.toFixed(1) : ''; root.dataset.who = live ? who : track ? 'you' : 'agent';
   };
   const plot = apart => {
-    const W = 560, H = 96, from = Math.max(0, at - 240), part = log.slice(from, (live ? at : log.length - 1) + 1), n = Math.max(live ? 40 : 4, part.length - 1), top = Math.max(20, ...part.map(x => x.error || 0)), x = i => 34 + (i - from) / n * (W - 40), y = v => H - 16 - v / top * (H - 24);
-    const line = (k, more) => svg('polyline', {points: part.map((e, i) => e[k] == null ? '' : `${x(from + i).toFixed(1)},${y(e[k]).toFixed(1)}`).filter(Boolean).join(' '), fill: 'none', 'stroke-width': 2, ...more}), g = svg('svg', {viewBox: `0 0 ${W} ${H}`, width: W, height: H, style: 'max-width:100%;height:auto', role: 'img', 'aria-label': `distance of the pictures by step, now ${number(log[at].error, 1)}, tokenizer alone ${number(log[at].floor, 1)}`});
-    g.append(svg('line', {x1: 34, x2: W - 6, y1: y(0), y2: y(0), stroke: 'currentColor', opacity: .4}), svg('text', {x: 0, y: y(top) + 8}, top.toFixed(0)), svg('text', {x: 22, y: y(0) + 4}, '0'), svg('text', {x: 34, y: H - 2}, `step ${log[from]?.step ?? 0}`), svg('text', {x: W - 40, y: H - 2}, String((log[from]?.step ?? 0) + n)), line('floor', {stroke: '#0072b2', 'stroke-dasharray': '5 3'}), line('error', {stroke: '#d55e00'}));
+    const W = 560, H = 96, from = Math.max(0, at - 240), part = log.slice(from, (live ? at : log.length - 1) + 1), n = Math.max(live ? 40 : 4, part.length - 1), top = Math.max(5, ...part.map(x => Math.max(x.error || 0, x.still || 0))), x = i => 34 + (i - from) / n * (W - 40), y = v => H - 16 - v / top * (H - 24);
+    const line = (k, more) => svg('polyline', {points: part.map((e, i) => e[k] == null ? '' : `${x(from + i).toFixed(1)},${y(e[k]).toFixed(1)}`).filter(Boolean).join(' '), fill: 'none', 'stroke-width': 2, ...more}), g = svg('svg', {viewBox: `0 0 ${W} ${H}`, width: W, height: H, style: 'max-width:100%;height:auto', role: 'img', 'aria-label': `distance of the pictures by step, now ${number(log[at].error, 1)}, a still picture ${number(log[at].still, 1)}`});
+    g.append(svg('line', {x1: 34, x2: W - 6, y1: y(0), y2: y(0), stroke: 'currentColor', opacity: .4}), svg('text', {x: 0, y: y(top) + 8}, top.toFixed(0)), svg('text', {x: 22, y: y(0) + 4}, '0'), svg('text', {x: 34, y: H - 2}, `step ${log[from]?.step ?? 0}`), svg('text', {x: W - 40, y: H - 2}, String((log[from]?.step ?? 0) + n)), line('still', {stroke: '#0072b2', 'stroke-dasharray': '5 3'}), line('error', {stroke: '#d55e00'}));
     const i = apart == null ? -1 : log.findIndex(e => e.step === apart); if (i >= from) g.append(svg('line', {x1: x(i), x2: x(i), y1: 4, y2: y(0), stroke: '#e69f00', 'stroke-width': 2}), svg('text', {x: x(i) + 4, y: 12}, 'part here'));
     g.append(svg('line', {x1: x(at), x2: x(at), y1: 4, y2: y(0), stroke: 'currentColor', opacity: .6})); chart.replaceChildren(g);
   };
-  const shoot = () => { const w = film.both ? 172 : 84, f = new Uint8Array(w * 84).fill(128), read = (c, x) => { const p = c.getContext('2d').getImageData(0, 0, 84, 84).data; for (let i = 0; i < 7056; i++) f[Math.floor(i / 84) * w + x + i % 84] = p[4 * i]; }; read(shots[0][0], 0); if (film.both) read(shots[1][0], 88); film.frames.push(f); if (film.frames.length >= 600) filming(); };
+  const shoot = () => { const w = film.both ? 172 : 84, f = new Uint8Array(w * 84).fill(128), read = (c, x) => { const p = c.getContext('2d', CANVAS).getImageData(0, 0, 84, 84).data; for (let i = 0; i < 7056; i++) f[Math.floor(i / 84) * w + x + i % 84] = p[4 * i]; }; read(shots[0][0], 0); if (film.both) read(shots[1][0], 88); film.frames.push(f); if (film.frames.length >= 600) filming(); };
   const filming = () => {
     reel.setAttribute('aria-pressed', String(!film)); reel.textContent = film ? 'Record GIF' : 'Stop recording';
     if (!film) { film = {frames: [], both: figures[1].style.display !== 'none'}; save.replaceChildren(); return; }
@@ -662,7 +661,7 @@ function dream(model, root, d) {
   if (live) model.on('msg:custom', hear);
   root.append(row(gameBox, live ? speedBox : branchBox, scrubBox), row(play, turn, anew, real, reel, save), said);
   if (!live) root.append(el('div', {className: 'note', textContent: 'This is a recording: a page has no model to dream with. A direction (arrow keys or buttons) jumps to the branch in which that button was held. To play yourself, run this notebook, or: atari-hrvq play --run RUN'}));
-  root.append(stage, status, el('h4', {textContent: 'How far the dream is from the real game (root mean square, gray levels)'}), chart, el('div', {className: 'note'}, el('span', {className: 'key', style: 'background:#d55e00'}), 'dream against real  ', el('span', {className: 'key', style: 'background:#0072b2'}), 'the tokenizer alone on the real picture (dashed); click a picture, then use the keys'));
+  root.append(stage, status, el('h4', {textContent: 'How far the dream is from the real game in the eyes of the tokenizer (root mean square, gray levels)'}), chart, el('div', {className: 'note'}, el('span', {className: 'key', style: 'background:#d55e00'}), 'the dream  ', el('span', {className: 'key', style: 'background:#0072b2'}), 'a still picture of the beginning (dashed); where the dream stays worse, they part. Click a picture, then use the keys.'));
   if (!live) anew.style.display = 'none';
   beside(); restart(); return () => { stopped = true; clearTimeout(timer); clearTimeout(patience); };
 }
@@ -730,7 +729,7 @@ def widget_data(stage, kind):
         return dream_data(player, steps, forks, after, stage.games[:1] if stage.profile == 'smoke' else None, stage.seed), player
     tokenizer, episodes = stage.load('tokenizer', Tokenizer), {g: load_episodes(stage, g, 'test') for g in stage.games}
     if kind == 'levels': return level_pictures(tokenizer, episodes, stage.pick(smoke=1, laptop=3, gpu=5), stage.seed), None
-    if kind == 'experts': return expert_map(stage.load('world', WorldModel), tokenizer, episodes, stage.pick(smoke=16, laptop=160, gpu=200)), None
+    if kind == 'experts': return expert_map(stage.load('world', WorldModel), tokenizer, {g: head(e, 3_000) for g, e in episodes.items()}, stage.pick(smoke=16, laptop=160, gpu=200)), None
     frames, shown = stage.pick(smoke=(80, 4), laptop=(2_000, 60), gpu=(3_400, 90))
     return code_examples(tokenizer, episodes, frames, shown, stage.seed), None
 

@@ -69,12 +69,14 @@ def tab(chrome):
 @pytest.fixture(scope='session')
 def chapter(tmp_path_factory):
     "The executed chapter as one HTML file."
+    import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config
     source = RUN / 'notebooks' / '90_explore.ipynb'
     if not source.exists(): pytest.exit(f'{source} is missing: make test-browser runs the smoke chain first', 1)
     config = Config({'NbConvertBase': {'display_data_priority': ['text/html', 'text/markdown', 'image/png', 'text/plain']}})
-    body, _ = HTMLExporter(template_name='basic', config=config).from_filename(str(source))
+    book = nbformat.read(source, 4); book.metadata.pop('widgets', None)
+    body, _ = HTMLExporter(template_name='basic', config=config).from_notebook_node(book)
     from atari_hrvq.explore import PAGE
     path = tmp_path_factory.mktemp('page') / 'chapter.html'
     path.write_text(PAGE.format(title='90_explore', body=body))

@@ -126,7 +126,7 @@ def test_recorded_dream(tab, chapter):
     w.get_by_role('group', name=re.compile('dream player')).focus(); t.page.keyboard.press('ArrowUp'); t.page.wait_for_timeout(100)
     assert 'up held' in w.locator('b').first.inner_text() and w.get_attribute('data-who') == 'you'
     t.page.keyboard.press('t'); assert w.get_attribute('data-who') == 'agent'
-    w.get_by_label('Step').focus(); t.page.keyboard.press('Home'); assert step() == 0
+    w.get_by_role('slider', name='Step').focus(); t.page.keyboard.press('Home'); assert step() == 0
     t.page.keyboard.press('ArrowRight'); assert step() == 1
     w.get_by_role('button', name='Real game beside').click(); assert not real.is_visible()
     t.quiet()

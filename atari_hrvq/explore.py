@@ -572,7 +572,7 @@ function gif(frames, width, height, fps) {                                      
 ESM_DREAM = r"""
 const KEYS = {ArrowUp: 'up', ArrowDown: 'down', ArrowLeft: 'left', ArrowRight: 'right', w: 'up', s: 'down', a: 'left', d: 'right', ' ': 'fire'};
 function dream(model, root, d) {
-  const live = Boolean(model.get('live')), taped = Object.keys(d.recordings), games = live ? d.games : taped, held = new Set(), last = []; let log = [], at = 0, playing = false, waiting = false, sent = 0, patience, timer, who = d.agent ? 'agent' : 'you', seed = 0, film = null, times = [], track = 0, stopped = false;
+  const live = Boolean(model.get('live')), taped = Object.keys(d.recordings), games = live ? d.games : taped, held = new Set(), last = []; let log = [], at = 0, playing = false, flying = 0, sent = 0, patience, timer, who = d.agent ? 'agent' : 'you', seed = 0, film = null, times = [], track = 0, told = 0, queued = null, stopped = false;
   const said = el('div', {className: 'said', role: 'alert'}), status = el('div', {role: 'status'}), [gameBox, game] = choice('Game', games, () => restart()), name = () => games[game.value];
   if (!games.length) { root.append(el('div', {className: 'said', role: 'alert', textContent: 'No dream was recorded for this page: open the notebook, or play with atari-hrvq play.'})); return; }
   game.value = Math.max(0, games.indexOf(d.game));
@@ -598,18 +598,23 @@ function dream(model, root, d) {
   const mark = () => { for (const [k, b] of Object.entries(pads)) { b.setAttribute('aria-pressed', String(held.has(k))); b.disabled = !Object.keys(map()).some(t => t.split('+').includes(k)) || (!live && k === 'fire'); } turn.textContent = live ? (who === 'agent' ? 'Take over' : 'Give back to the agent') : 'Back to the agent'; turn.disabled = live ? !d.agent : track === 0; play.textContent = playing ? 'Pause' : 'Play'; };
   const swap = () => { if (!live) { follow(0, Math.min(at, tape().tracks[0].dream.length - 1)); return; } if (!d.agent) { said.textContent = 'This run has no agent yet: run chapter 10_agent, then it can play too.'; return; } who = who === 'agent' ? 'you' : 'agent'; mark(); show(); };
   const setPlaying = on => { playing = on && !stopped; if (playing && live && log.length && log[log.length - 1].over) { restart(true); return; } if (playing && !live && at >= log.length - 1) at = 0; if (live && playing) at = log.length - 1; times = []; mark(); clearTimeout(timer); if (playing) next(); else { model.set('choice', [+game.value, at]); model.save_changes(); } };
-  const next = () => { timer = setTimeout(() => { if (!playing || stopped) return; if (live) ask({do: 'step', action: who === 'you' ? wanted() : null}); else { if (at + 1 >= log.length) { setPlaying(false); return; } at++; clocked(); show(true); next(); } }, Math.max(0, sent + period() - performance.now())); sent = Math.max(performance.now(), sent + period()); };
+  const one = () => { if (flying < 2 && log.length && !log[log.length - 1].over) ask({do: 'step', action: who === 'you' ? wanted() : null}); };      // two on their way hide the way
+  const beat = () => { if (!playing || stopped) return; if (live) { one(); if (period()) next(); else one(); } else { if (at + 1 >= log.length) { setPlaying(false); return; } at++; clocked(); show(true); next(); } };
+  const next = () => { const wait = Math.max(0, sent + period() - performance.now()); sent = performance.now() + wait; clearTimeout(timer); timer = setTimeout(beat, wait); };
   const clocked = () => { times.push(performance.now()); if (times.length > 30) times.shift(); }, rate = () => times.length > 2 ? (times.length - 1) * 1000 / (times[times.length - 1] - times[0]) : null;
-  const ask = m => { if (waiting) return; waiting = true; clearTimeout(patience); patience = setTimeout(() => { if (waiting) said.textContent = 'The kernel has not answered for five seconds: it is busy or gone; wait for it, or run this cell again.'; }, 5000); model.send(m); };
+  const ask = m => { if (m.do === 'start' && flying) { queued = m; return; } flying++; clearTimeout(patience); patience = setTimeout(() => { if (flying) said.textContent = 'The kernel has not answered for five seconds: it is busy or gone; wait for it, or run this cell again.'; }, 5000); model.send(m); };
   const gray = bytes => canvas => { const out = new ImageData(84, 84); for (let i = 0; i < 7056; i++) { out.data.fill(bytes[i], 4 * i, 4 * i + 3); out.data[4 * i + 3] = 255; } canvas.getContext('2d', CANVAS).putImageData(out, 0, 0); };
   const hear = (m, buffers = []) => {
-    waiting = false; clearTimeout(patience);
+    flying = Math.max(0, flying - 1); clearTimeout(patience);
+    if (queued) { if (!flying) { const q = queued; queued = null; ask(q); } return; }     // what just came belongs to the dream before
+    if (m.step !== 0 && log.length && log[log.length - 1].over) return;
     if (m.sentence) { said.textContent = m.sentence; setPlaying(false); return; }
     if (m.game !== name()) { restart(playing); return; }
     said.textContent = ''; const [a, b] = buffers.map(x => new Uint8Array(x.buffer, x.byteOffset, x.byteLength));
     if (m.step === 0) { log = []; times = []; } else clocked();
-    log.push({...m, dream: gray(a), real: b ? gray(b) : null}); at = log.length - 1; show(true);
-    if (m.over) setPlaying(false); else if (playing) next();
+    log.push({...m, dream: gray(a), real: b ? gray(b) : null}); at = log.length - 1;
+    if (playing && !m.over) { if (m.step === 0) next(); else if (!period()) beat(); }      // the next step is under way while this one is drawn
+    show(true); if (m.over) setPlaying(false);
   };
   const tape = () => d.recordings[name()], sheets = {};
   const entries = (t, from = 0) => t.dream.map((n, i) => ({step: from + i, dream: c => sheets[name()].paint(c, n), real: t.real[i] === null ? null : c => sheets[name()].paint(c, t.real[i]), reward: t.reward[i] ?? 0, proceed: t.proceed[i] ?? 1, error: t.error[i], still: t.still[i], real_reward: t.real_reward[i] ?? 0, by: t.fork === null ? 'agent' : 'you', parting: t.parting, over: t.over && i === t.dream.length - 1}));
@@ -625,14 +630,15 @@ function dream(model, root, d) {
     const e = log[at]; if (!e) return;
     e.dream(shots[0][0]); if (e.real) e.real(shots[1][0]); shots[1][1].textContent = e.real ? 'the real game, same actions' : 'the real game is over';
     const upto = log.slice(0, at + 1), sum = f => upto.reduce((a, x) => a + f(x), 0), apart = upto.find(x => x.parting != null && x.parting <= e.step)?.parting, fps = rate();
-    scrub.max = log.length - 1; scrub.value = at; scrub.setAttribute('aria-valuetext', `step ${e.step}`);
+    scrub.max = log.length - 1; scrub.value = at; scrub.setAttribute('aria-valuetext', `step ${e.step}`); root.dataset.step = e.step; root.dataset.rate = fps ? fps.toFixed(1) : ''; root.dataset.who = live ? who : track ? 'you' : 'agent'; if (film && moving) shoot();
+    if (moving && !e.over && performance.now() - told < 90) return;                       // pictures at every step, words and curves ten times a second
+    told = performance.now();
     meters.replaceChildren(el('div', {style: 'font-size:13px;margin-bottom:6px'}, el('b', {textContent: live ? (who === 'agent' ? 'the agent plays' : 'you play') : tape().tracks[track].name}), ` \u00b7 step ${e.step}`, moving && fps ? ` \u00b7 ${fps.toFixed(0)} a second` : ''),
       meter(`predicted reward of this step: ${number(e.reward ?? 0)}`, ((e.reward ?? 0) + 1) / 2, .5), meter(`the model thinks the game goes on: ${Math.round(100 * (e.proceed ?? 1))}%`, e.proceed ?? 1),
       el('table', {}, el('tr', {}, el('th', {textContent: 'rewards so far'}), el('th', {textContent: 'dream'}), el('th', {textContent: 'real'})), el('tr', {}, el('td', {textContent: 'sum of signs'}), el('td', {textContent: number(sum(x => x.reward || 0), 1)}), el('td', {textContent: number(sum(x => Math.sign(x.real_reward || 0)), 0)}))),
       el('div', {className: 'note', textContent: apart != null ? `they parted at step ${apart}: from there a still picture was nearer` : 'they have not parted yet'}));
     status.textContent = e.over ? (e.full ? 'This dream is as long as it can be: press New start.' : 'The model says that the game is over: press New start.') : '';
-    plot(apart); if (film && moving) shoot();
-    root.dataset.step = e.step; root.dataset.rate = fps ? fps.toFixed(1) : ''; root.dataset.who = live ? who : track ? 'you' : 'agent';
+    plot(apart);
   };
   const plot = apart => {
     const W = 560, H = 96, from = Math.max(0, at - 240), part = log.slice(from, (live ? at : log.length - 1) + 1), n = Math.max(live ? 40 : 4, part.length - 1), top = Math.max(5, ...part.map(x => Math.max(x.error || 0, x.still || 0))), x = i => 34 + (i - from) / n * (W - 40), y = v => H - 16 - v / top * (H - 24);
@@ -766,10 +772,10 @@ const send = async m => {{ try {{ const b = await (await fetch('message', {{meth
 widget.render({{model: {{get: k => state[k], set: (k, v) => {{ state[k] = v; }}, save_changes() {{}}, on: (k, f) => {{ if (k === 'msg:custom') heard.push(f); }}, send}}, el: document.getElementById('player')}});</script>"""
     page = PAGE.format(title='A dream you can play', body=script).encode()
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = 'HTTP/1.1'
+        protocol_version, disable_nagle_algorithm, wbufsize = 'HTTP/1.1', True, 1 << 16           # an answer goes out as one piece, at once
         def log_message(self, *_): pass
         def answer(self, body, kind='application/octet-stream', code=200):
-            self.send_response(code); self.send_header('Content-Type', kind); self.send_header('Content-Length', str(len(body))); self.end_headers(); self.wfile.write(body)
+            self.send_response(code); self.send_header('Content-Type', kind); self.send_header('Content-Length', str(len(body))); self.end_headers(); self.wfile.write(body); self.wfile.flush()
         def do_GET(self): self.answer(page, 'text/html; charset=utf-8') if self.path == f'/{key}/' else self.answer(b'', 'text/plain', 404)
         def do_POST(self):
             body = self.rfile.read(min(10_000, int(self.headers.get('Content-Length') or 0)))

@@ -187,7 +187,7 @@ def test_play_from_the_shell(tab, measured, played):
     t = tab(allowed=address.rsplit('/', 2)[0]); t.page.goto(address); w = widget(t.page, 'dream'); w.wait_for()
     drive(t, w, measured, 'atari-hrvq play')
     w.screenshot(path=SHOTS / 'play.png')
-    w.get_by_label('Game').select_option(label='breakout'); t.page.wait_for_timeout(2500)
+    w.get_by_role('combobox', name='Game').select_option(label='breakout'); t.page.wait_for_timeout(2500)
     assert w.get_by_label('left', exact=True).is_enabled() and not w.get_by_label('up', exact=True).is_enabled()
     t.quiet()
     with pytest.raises(urllib.error.HTTPError): urllib.request.urlopen(address.rsplit('/', 2)[0] + '/')

@@ -138,7 +138,7 @@ def level_pictures(tokenizer, episodes, frames=2, seed=0):
         places = screen_positions(g, labels[at])
         for j, i in enumerate(at):
             original = np.asarray(e.frames[i], np.float32); codes = tokenizer.encode(torch.from_numpy(e.frames[[i]][:, None]))
-            decoded = [tokenizer.decode(codes, game, n)[0].cpu().numpy() for n in range(L + 1)]
+            decoded = [tokenizer.background.median[game].cpu().numpy(), *(tokenizer.decode(codes, game, n)[0].cpu().numpy() for n in range(1, L + 1))]
             wrong, objects = [(d - original) ** 2 for d in decoded], {}
             for name, xy in places.items():
                 c, r = (int(np.clip(round(float(v)), 3, 80)) for v in xy[j])
@@ -165,6 +165,7 @@ def expert_map(world, tokenizer, episodes, stretch=120, moments=8):
     """Data of the expert map over all steps of `episodes` {game: Episodes}: `load` [layer][game][moment][expert] counts, `information` bits of each layer,
     and for each game the choices and pictures along the first `stretch` steps of its longest episode."""
     world.check_tokenizer(tokenizer)
+    for g in episodes: require(g in world.config.games, f'this world model does not know {g!r}: expected one of {", ".join(world.config.games)}')
     chosen, load, strips = {}, [], []
     for g, e in episodes.items(): chosen[g] = expert_choices(world.eval(), tokenise(tokenizer, e), list(world.config.games).index(g))
     for l, E in enumerate(world.config.experts):
@@ -362,7 +363,7 @@ const STYLE = `.hrvq{font:14px/1.45 system-ui,sans-serif;color:inherit;max-width
 .hrvq button,.hrvq select,.hrvq input[type=number]{font:inherit;color:inherit;background:color-mix(in srgb,currentColor 7%,transparent);border:1px solid color-mix(in srgb,currentColor 36%,transparent);border-radius:6px;padding:4px 10px;min-height:32px}
 .hrvq input[type=range]{accent-color:#0072b2;width:210px;margin:8px 0}.hrvq input[type=number]{width:88px}.hrvq button{cursor:pointer}.hrvq button:disabled{opacity:.35;cursor:default}.hrvq button:hover{background:color-mix(in srgb,currentColor 16%,transparent)}
 .hrvq button[aria-pressed=true]{background:#0072b2;border-color:#0072b2;color:#fff}.hrvq option{background:Canvas;color:CanvasText}.hrvq :focus-visible{outline:2px solid #e69f00;outline-offset:2px}
-.hrvq canvas{image-rendering:pixelated;display:block}.hrvq figure{margin:0;font-size:12px}.hrvq figcaption{margin-top:3px}.hrvq h4{margin:10px 0 4px;font-size:13px;font-weight:600}.hrvq .note{font-size:12px;opacity:.8;margin:4px 0;max-width:72ch}
+.hrvq canvas{image-rendering:pixelated;display:block}.hrvq figure{margin:0;font-size:12px}.hrvq figcaption{margin-top:3px}.hrvq h4{margin:10px 0 4px;font-size:13px;font-weight:600}.hrvq .note{font-size:12px;color:color-mix(in srgb,currentColor 82%,transparent);margin:4px 0;max-width:72ch}
 .hrvq .said{border-left:4px solid #d55e00;padding:6px 12px;margin:8px 0}.hrvq .said:empty{display:none}.hrvq table{border-collapse:collapse;font-size:12px;margin:2px 0}.hrvq th,.hrvq td{text-align:left;padding:2px 12px 2px 0;border:0;background:none;font-variant-numeric:tabular-nums}
 .hrvq th{font-weight:600;border-bottom:1px solid var(--line)}.hrvq tr.dim td{opacity:.62}.hrvq svg{display:block;overflow:visible}.hrvq svg text{fill:currentColor;font-size:11px}.hrvq .pic{position:relative;border-radius:3px}.hrvq .pic i{position:absolute;pointer-events:none}
 .hrvq .key{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px}.hrvq .pad{display:grid;grid-template-columns:repeat(3,46px);gap:4px}.hrvq .pad button{min-height:42px;padding:2px;touch-action:none;user-select:none}`;
@@ -654,7 +655,7 @@ function dream(model, root, d) {
     const {frames, both} = film, w = both ? 172 : 84; film = null;
     if (!frames.length) { said.textContent = 'Nothing was recorded: press Play while recording.'; return; }
     const big = frames.map(f => { const o = new Uint8Array(4 * f.length); for (let y = 0; y < 168; y++) for (let x = 0; x < 2 * w; x++) o[y * 2 * w + x] = f[(y >> 1) * w + (x >> 1)]; return o; }), blob = gif(big, 2 * w, 168, 15);
-    save.replaceChildren(el('a', {href: URL.createObjectURL(blob), download: `dream-${name()}.gif`, textContent: `Save dream-${name()}.gif (${frames.length} frames, ${Math.round(blob.size / 1000)} kB)`, style: 'color:inherit'}));
+    save.replaceChildren(el('a', {href: URL.createObjectURL(blob), download: `dream-${name()}.gif`, textContent: `Save dream-${name()}.gif (${frames.length} frames, ${Math.round(blob.size / 1000)} kB)`, style: 'color:inherit;text-decoration:underline'}));
   };
   const stage = el('div', {tabIndex: 0, role: 'group', className: 'cols panel', 'aria-label': 'dream player: arrows or W A S D move, space fires, P play or pause, T take over or give back, N new start, O real game, G record'}, ...figures, el('div', {}, meters, pad));
   root.onkeydown = e => {

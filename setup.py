@@ -9,7 +9,7 @@ parser.read(here / 'settings.ini', encoding='utf8')
 cfg = parser['DEFAULT']
 
 book = ['jupyterlab', 'ipykernel', 'papermill', 'nbclient', 'nbconvert', 'ipywidgets', 'anywidget', 'psutil']
-dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<2', 'ghapi<2', 'pytest', 'hypothesis', 'ruff', 'vector-quantize-pytorch', 'transformers', *book]
+dev = ['nbdev>=2.4,<3', 'execnb<0.2', 'fastcore<2', 'ghapi<2', 'pytest', 'hypothesis', 'ruff', 'vector-quantize-pytorch', 'transformers', 'playwright', *book]
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], license='Apache-2.0',

@@ -17,7 +17,7 @@ __all__ = ['STAGES', 'BENCHES', 'StageSpec', 'find_stage', 'repo_root', 'code_ce
            'made_files', 'check_files', 'locked', 'busy', 'StageFailed', 'logged_kernel', 'execute', 'run_chain',
            'kernel_environment', 'store_outputs', 'ship', 'model_card', 'module_of', 'status_table', 'read_claims',
            'Parser', 'parser', 'command_run', 'command_status', 'command_claims', 'command_bench', 'command_outputs',
-           'command_ship', 'main']
+           'command_ship', 'command_play', 'main']
 
 # %% ../nbs/91_book.ipynb #stages
 class StageSpec(NamedTuple):
@@ -40,7 +40,7 @@ STAGES = [StageSpec(*s) for s in (
     ('A1_foundation', 'foundation model', ('01_frames', '02_encoder')),
     ('A2_ablations', 'ablations', ('01_frames', '04_hrvq')),
     ('12_claims', 'ledger', (*(f'{i:02d}_{n}' for i, n in enumerate(('frames', 'encoder', 'vq', 'hrvq', 'shared', 'moe', 'world', 'dream', 'ppo', 'agent', 'evaluate'), 1)), 'A1_foundation', 'A2_ablations')),
-    ('90_explore', 'explorer', ('01_frames', '04_hrvq', '05_shared')))]
+    ('90_explore', 'explorer', ('01_frames', '04_hrvq', '07_world', '10_agent')))]
 
 def find_stage(text):
     "The full name of a chapter given as `04`, `hrvq` or `04_hrvq`."
@@ -445,6 +445,8 @@ def parser():
     o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
     w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, world or agent')
     w.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)'); w.add_argument('--to', default='pretrained', help='default: %(default)s')
+    y = sub.add_parser('play', help='play inside the world model of a run, in the browser'); y.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
+    y.add_argument('--game', help='the game to begin with (default: the first of the run)'); y.add_argument('--port', type=int, default=0, help='on 127.0.0.1 (default: any that is free)'); y.add_argument('--no-browser', action='store_true', help='print the address only')
     return p
 
 # %% ../nbs/91_book.ipynb #commands
@@ -475,6 +477,10 @@ def command_bench(a):
 def command_outputs(a): store_outputs(a.run)
 
 def command_ship(a): ship(a.run, a.name, a.to)
+
+def command_play(a):
+    from atari_hrvq.explore import play
+    play(a.run, a.game, a.port, not a.no_browser)
 
 # %% ../nbs/91_book.ipynb #main
 def main(arguments=None):

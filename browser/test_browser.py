@@ -1,0 +1,238 @@
+"""The explorer in a real browser: the exported page from file:// with nothing let out, the player of `atari-hrvq play`, and JupyterLab with a kernel."""
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+import pytest
+from conftest import ROOT, RUN, SHOTS
+from PIL import Image, ImageSequence
+from atari_hrvq.explore import PAGE, page_twin
+
+BIN = Path(sys.executable).parent
+PAINTED = "() => [...document.querySelectorAll('.hrvq canvas')].some(c => new Uint32Array(c.getContext('2d').getImageData(0, 0, 84, 84).data.buffer).some(v => v & 0xffffff))"
+KINDS = {'tokens': 'Sort codes by', 'levels': 'Levels decoded', 'dream': 'Real game beside', 'experts': 'Moment of the episode'}
+
+
+def widget(page, kind): return page.locator('.hrvq', has_text=KINDS[kind]).first
+
+
+def opened(tab, path, **kwargs):
+    t = tab(**kwargs); t.page.goto(path.as_uri()); t.page.wait_for_function("() => document.querySelectorAll('.hrvq').length >= 4"); t.page.wait_for_function(PAINTED)
+    return t
+
+
+def saved_gif(page, root):
+    "The GIF behind the link of the player, as a PIL image."
+    data = page.evaluate("async a => { const b = new Uint8Array(await (await fetch(a.href)).arrayBuffer()); return Array.from(b); }", root.locator('a[download]').element_handle())
+    assert bytes(data[:6]) == b'GIF89a'
+    return Image.open(io.BytesIO(bytes(data)))
+
+
+def test_the_guard_sees_a_request(tab, tmp_path):
+    (tmp_path / 'x.html').write_text('<img src="https://picture.invalid/x.png"><script>console.error("oh")</script>')
+    t = tab(); t.page.goto((tmp_path / 'x.html').as_uri()); t.page.wait_for_timeout(300)
+    assert t.tried == ['https://picture.invalid/x.png'] and 'oh' in t.errors
+    with pytest.raises(AssertionError): t.quiet()
+
+
+@pytest.mark.parametrize('which', ['chapter', 'explorer_file'])
+def test_page_is_small_quick_and_asks_nobody(tab, measured, request, which):
+    path = request.getfixturevalue(which)
+    t = tab(); began = time.time(); t.page.goto(path.as_uri(), wait_until='commit'); t.page.wait_for_function(PAINTED); first = time.time() - began
+    t.page.wait_for_function("() => document.querySelectorAll('.hrvq').length >= 4"); t.page.wait_for_timeout(500)
+    size = path.stat().st_size / 1e6
+    measured.update({f'{which}: size (MB, below 6)': f'{size:.2f}', f'{which}: first picture (s, below 2)': f'{first:.2f}', f'{which}: requests (none)': len(t.tried)})
+    assert size < 6 and first < 2
+    t.quiet()
+    assert len(set(ids := t.page.eval_on_selector_all('[id^=w]', 'all => all.map(e => e.id)'))) == len(ids)
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_shots_in_both_themes(tab, chapter, scheme):
+    t = opened(tab, chapter, scheme=scheme)
+    for kind in KINDS:
+        w = widget(t.page, kind); w.scroll_into_view_if_needed(); w.screenshot(path=SHOTS / f'{kind}-{scheme}.png')
+        assert w.evaluate('e => e.style.colorScheme') == scheme
+        ink, paper = (w.evaluate(f'e => getComputedStyle({x}).{y}') for x, y in (('e', 'color'), ('document.body', 'backgroundColor')))
+        light = lambda c: sum(map(float, re.findall(r'[\d.]+', c)[:3])) / 765
+        assert abs(light(ink) - light(paper)) > .7
+
+
+def test_every_control_has_a_name(tab, chapter):
+    t = opened(tab, chapter)
+    nameless = t.page.evaluate("""() => [...document.querySelectorAll('.hrvq button, .hrvq input, .hrvq select, .hrvq canvas, .hrvq [tabindex]')]
+        .filter(e => !(e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim())).map(e => e.outerHTML)""")
+    assert nameless == []
+
+
+def test_tokens(tab, chapter, measured):
+    t = opened(tab, chapter); w = widget(t.page, 'tokens'); code, shot = w.get_by_label('Code number'), w.locator('.pic canvas').first
+    first, picture = code.input_value(), w.screenshot()
+    w.get_by_label('next code').click()
+    assert code.input_value() != first and w.screenshot() != picture
+    w.get_by_label('previous code').click(); assert code.input_value() == first
+    w.get_by_role('group', name='map of the codebook').focus(); t.page.keyboard.press('ArrowRight'); assert code.input_value() != first
+    t.page.keyboard.press('ArrowUp'); assert w.locator('select').first.input_value() == '1' and 'of level 1' in w.inner_text()
+    t.page.keyboard.press('ArrowDown')
+    for wrong in ('256', '-1', '1.5', ''):
+        code.fill(wrong); code.press('Tab')
+        assert f'There is no code {wrong or "(empty)"} at level 0' in w.get_by_role('alert').inner_text()
+    used = json.loads(t.page.evaluate("e => e.parentElement.dataset.choice", w.element_handle()))
+    unused = next(k for k in range(256) if not t.page.evaluate("([e, k]) => [...e.querySelectorAll('button')].some(b => b.textContent === String(k))", [w.element_handle(), k]) and k != used[1])
+    code.fill(str(unused)); code.press('Tab')
+    assert 'was never used' in w.inner_text() or f'Code {unused} of level 0' in w.inner_text()
+    w.get_by_label('Sort codes by').select_option(label='tells most about the game'); assert 'number 1 of' in w.inner_text()
+    near = w.get_by_role('button', name=re.compile('go to code')).first; number = near.inner_text(); near.click(); assert code.input_value() == number
+    before = code.input_value(); w.locator('svg[style*=pointer]').click(position={'x': 150, 'y': 120}); after_map = code.input_value()
+    w.get_by_label('Sort codes by').select_option(label='use')
+    box = w.locator('.pic').last; codes = set()
+    for x in (10, 48, 86):
+        box = w.locator('.pic').last; box.click(position={'x': x, 'y': 48}); codes.add(code.input_value())
+    box = w.locator('.pic').last; box.focus(); t.page.keyboard.press('ArrowRight'); t.page.keyboard.press('Enter'); codes.add(code.input_value())
+    assert len(codes | {before, after_map}) > 1
+    took = t.page.evaluate("""async e => { const b = e.querySelector('[aria-label="next code"]'), out = []; for (let i = 0; i < 30; i++) { const t = performance.now(); b.click(); await new Promise(requestAnimationFrame); out.push(performance.now() - t); } return out.sort((a, b) => a - b); }""", w.element_handle())
+    measured['tokens: a step to the next code, median and worst (ms)'] = f'{took[15]:.0f}, {took[-1]:.0f}'
+    assert took[15] < 100
+    t.quiet()
+
+
+def test_levels(tab, chapter):
+    t = opened(tab, chapter); w = widget(t.page, 'levels'); slider, shots = w.get_by_label('Levels decoded'), w.locator('canvas')
+    full = [t.pixels(shots.nth(i)) for i in range(3)]
+    slider.focus()
+    for _ in range(3): t.page.keyboard.press('ArrowLeft')
+    none = [t.pixels(shots.nth(i)) for i in range(3)]
+    assert slider.input_value() == '0' and none[0] == full[0] and none[1] != full[1] and none[2] != full[2] and '0 of 3 levels' in w.inner_text()
+    w.get_by_label('Frame').select_option(index=1); t.page.wait_for_timeout(50)
+    assert t.pixels(shots.nth(0)) != full[0]
+    t.quiet()
+
+
+def test_recorded_dream(tab, chapter):
+    t = opened(tab, chapter); w = widget(t.page, 'dream'); step = lambda: int(w.get_attribute('data-step')); real = w.locator('canvas').nth(1)
+    assert 'This is a recording' in w.inner_text() and step() == 0
+    before = t.pixels(real)
+    w.get_by_role('button', name='Record GIF').click(); w.get_by_role('button', name='Play').click(); t.page.wait_for_function('e => +e.dataset.step >= 3', arg=w.element_handle())
+    assert t.pixels(real) != before
+    t.page.keyboard.press('p'); w.get_by_role('button', name='Stop recording').click()
+    film = saved_gif(t.page, w); assert film.size == (344, 168) and film.n_frames >= 3
+    frames = [f.convert('L').tobytes() for f in ImageSequence.Iterator(film)]; assert len(set(frames)) > 1 and len(set(frames[0])) > 4
+    w.get_by_role('group', name=re.compile('dream player')).focus(); t.page.keyboard.press('ArrowUp'); t.page.wait_for_timeout(100)
+    assert 'up held' in w.locator('b').first.inner_text() and w.get_attribute('data-who') == 'you'
+    t.page.keyboard.press('t'); assert w.get_attribute('data-who') == 'agent'
+    w.get_by_role('slider', name='Step').focus(); t.page.keyboard.press('Home'); assert step() == 0
+    t.page.keyboard.press('ArrowRight'); assert step() == 1
+    w.get_by_role('button', name='Real game beside').click(); assert not real.is_visible()
+    t.quiet()
+
+
+def test_experts(tab, chapter):
+    t = opened(tab, chapter); w = widget(t.page, 'experts'); shot = w.locator('canvas'); before = t.pixels(shot)
+    w.get_by_role('group', name=re.compile('which expert')).focus()
+    for _ in range(4): t.page.keyboard.press('ArrowRight')
+    assert 'step 4:' in w.inner_text()
+    w.get_by_label('Game').select_option(index=2); t.page.wait_for_timeout(50)
+    assert t.pixels(shot) != before
+    t.quiet()
+
+
+def test_a_sentence_and_two_equal_twins(tab, tmp_path):
+    twin = {'kind': 'sentence', 'text': 'runs/x has no world yet: run chapter 07_world first <b>&amp;</b>'}
+    (tmp_path / 'x.html').write_text(PAGE.format(title='x', body=page_twin(twin) + page_twin(twin)))
+    t = tab(); t.page.goto((tmp_path / 'x.html').as_uri()); t.page.wait_for_selector('.hrvq >> nth=1')
+    assert [e.inner_text() for e in t.page.get_by_role('alert').all()] == [twin['text']] * 2
+    t.quiet()
+
+
+@pytest.fixture
+def played():
+    "`atari-hrvq play` on the run: the process and its address."
+    p = subprocess.Popen([BIN / 'atari-hrvq', 'play', '--run', RUN, '--game', 'pong', '--no-browser'], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    line = p.stdout.readline()
+    assert (found := re.search(r'http://\S+', line)), line
+    yield p, found[0]
+    if p.poll() is None: p.kill()
+
+
+def drive(t, w, measured, where):
+    "Play a live dream: it moves, hears keys, is taken over and given back, and is fast enough."
+    page, step, canvas = t.page, lambda: int(w.get_attribute('data-step')), w.locator('canvas').nth(1)
+    page.wait_for_function('e => e.dataset.step === "0"', arg=w.element_handle()); before = t.pixels(canvas)
+    w.get_by_label('Speed').select_option(label='as fast as it can'); w.get_by_role('button', name='Play').click()
+    best = 0
+    for _ in range(12):
+        page.wait_for_timeout(300); best = max(best, float(w.get_attribute('data-rate') or 0))
+        if (p := w.get_by_role('button', name='Play', exact=True)).count(): w.get_by_role('button', name='New start').click(); page.wait_for_timeout(600); p.click()
+    measured[f'{where}: frames a second, dream and real game (at least 15)'] = f'{best:.0f}'
+    assert best >= 15 and t.pixels(canvas) != before
+    if w.get_by_role('button', name='Pause').count(): w.get_by_role('button', name='Pause').click()
+    w.get_by_label('Speed').select_option(index=0); w.get_by_role('button', name='New start').click(); page.wait_for_function('e => e.dataset.step === "0"', arg=w.element_handle())
+    assert w.get_attribute('data-who') == 'agent'
+    w.get_by_role('group', name=re.compile('dream player')).focus()
+    page.keyboard.press('g'); page.keyboard.down('ArrowUp'); page.keyboard.press('p'); page.wait_for_function('e => +e.dataset.step >= 2 || e.textContent.includes("is over")', arg=w.element_handle()); page.keyboard.up('ArrowUp')
+    assert w.get_attribute('data-who') == 'you'
+    page.keyboard.press('t'); page.wait_for_function('e => e.dataset.who === "agent"', arg=w.element_handle())
+    if w.get_by_role('button', name='Pause').count(): page.keyboard.press('p')
+    page.keyboard.press('g'); assert saved_gif(page, w).n_frames >= 1
+
+
+def test_play_from_the_shell(tab, measured, played):
+    process, address = played
+    t = tab(allowed=address.rsplit('/', 2)[0]); t.page.goto(address); w = widget(t.page, 'dream'); w.wait_for()
+    drive(t, w, measured, 'atari-hrvq play')
+    w.screenshot(path=SHOTS / 'play.png')
+    w.get_by_role('combobox', name='Game').select_option(label='breakout'); t.page.wait_for_timeout(2500)
+    assert w.get_by_label('left', exact=True).is_enabled() and not w.get_by_label('up', exact=True).is_enabled()
+    t.quiet()
+    with pytest.raises(urllib.error.HTTPError): urllib.request.urlopen(address.rsplit('/', 2)[0] + '/')
+    process.send_signal(signal.SIGINT); assert process.wait(20) == 0
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "JupyterLab on a copy of the chapter whose last cell prints what the kernel has heard."
+    book = json.loads((ROOT / 'nbs' / '90_explore.ipynb').read_text())
+    book['cells'] = [c for c in book['cells'] if c['id'] != 'done']
+    for c in book['cells']:
+        c['outputs'] = [] if c['cell_type'] == 'code' else None
+        if c['outputs'] is None: del c['outputs']
+        if 'parameters' in c['metadata'].get('tags', []): c['source'] = ''.join(c['source']).replace("'runs/smoke'", repr(str(RUN)))
+    book['cells'].append({'cell_type': 'code', 'id': 'heard', 'metadata': {}, 'execution_count': None, 'outputs': [], 'source': "print('heard', list(tokens.choice))"})
+    (tmp_path / '90_explore.ipynb').write_text(json.dumps(book))
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    log = open(tmp_path / 'lab.log', 'w')
+    p = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', f'--port={port}', '--ServerApp.ip=127.0.0.1', '--IdentityProvider.token=', f'--ServerApp.root_dir={tmp_path}', '--LabApp.expose_app_in_browser=True', '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'], cwd=ROOT, stdout=log, stderr=log)
+    address = f'http://127.0.0.1:{port}'
+    for _ in range(120):
+        try: urllib.request.urlopen(address + '/api', timeout=2); break
+        except OSError: time.sleep(.5); assert p.poll() is None, (tmp_path / 'lab.log').read_text()[-2000:]
+    yield address
+    p.send_signal(signal.SIGINT); p.send_signal(signal.SIGINT)
+    try: p.wait(15)
+    except subprocess.TimeoutExpired: p.kill()
+
+
+def test_jupyterlab_kernel_hears(tab, measured, lab):
+    t = tab(allowed=(lab, lab.replace('http', 'ws')), size=(1280, 1000)); page = t.page
+    page.goto(f'{lab}/doc/tree/90_explore.ipynb?reset'); page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.content?.widgets?.length > 5", timeout=90_000)
+    page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status === 'idle'", timeout=90_000)
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.content.notebookConfig && (window.jupyterapp.shell.currentWidget.content.notebookConfig = {...window.jupyterapp.shell.currentWidget.content.notebookConfig, windowingMode: 'none'})")
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+    heard = "() => [...document.querySelectorAll('.jp-OutputArea-output')].map(e => e.textContent).filter(s => s.startsWith('heard')).pop()"
+    page.wait_for_function(heard, timeout=180_000)
+    w = page.locator('.hrvq', has_text=KINDS['tokens']).first; w.scroll_into_view_if_needed()
+    code = w.get_by_label('Code number'); first = code.input_value()
+    w.get_by_label('next code').click(); w.get_by_role('group', name='map of the codebook').focus(); page.keyboard.press('ArrowRight'); page.keyboard.press('ArrowRight')
+    now = int(code.input_value()); assert str(now) != first and w.is_visible()
+    w.screenshot(path=SHOTS / 'lab-tokens.png')
+    page.evaluate("() => { const n = window.jupyterapp.shell.currentWidget.content; n.activeCellIndex = n.widgets.length - 1; window.jupyterapp.commands.execute('notebook:run-cell'); }")
+    page.wait_for_function(f"() => ({heard})() === 'heard [0, {now}]\\n' || ({heard})()?.trim() === 'heard [0, {now}]'", timeout=30_000)
+    d = page.locator('.hrvq', has_text=KINDS['dream']).first; d.scroll_into_view_if_needed()
+    drive(t, d, measured, 'JupyterLab'); d.screenshot(path=SHOTS / 'lab-dream.png')
+    assert not t.tried, t.tried

@@ -166,8 +166,9 @@ def drive(t, w, measured, where):
     page.wait_for_function('e => e.dataset.step === "0"', arg=w.element_handle()); before = t.pixels(canvas)
     w.get_by_label('Speed').select_option(label='as fast as it can'); w.get_by_role('button', name='Play').click()
     best = 0
-    for _ in range(12):
+    for _ in range(40):
         page.wait_for_timeout(300); best = max(best, float(w.get_attribute('data-rate') or 0))
+        if best >= 25: break
         if (p := w.get_by_role('button', name='Play', exact=True)).count(): w.get_by_role('button', name='New start').click(); page.wait_for_timeout(600); p.click()
     measured[f'{where}: frames a second, dream and real game (at least 15)'] = f'{best:.0f}'
     assert best >= 15 and t.pixels(canvas) != before

@@ -642,10 +642,10 @@ function dream(model, root, d) {
     plot(apart);
   };
   const plot = apart => {
-    const W = 560, H = 96, from = Math.max(0, at - 240), part = log.slice(from, (live ? at : log.length - 1) + 1), n = Math.max(live ? 40 : 4, part.length - 1), top = Math.max(5, ...part.map(x => Math.max(x.error || 0, x.still || 0))), x = i => 34 + (i - from) / n * (W - 40), y = v => H - 16 - v / top * (H - 24);
+    const W = 560, H = 112, from = Math.max(0, at - 240), part = log.slice(from, (live ? at : log.length - 1) + 1), n = Math.max(live ? 40 : 4, part.length - 1), top = Math.max(5, ...part.map(x => Math.max(x.error || 0, x.still || 0))), x = i => 34 + (i - from) / n * (W - 40), y = v => H - 16 - v / top * (H - 38);
     const line = (k, more) => svg('polyline', {points: part.map((e, i) => e[k] == null ? '' : `${x(from + i).toFixed(1)},${y(e[k]).toFixed(1)}`).filter(Boolean).join(' '), fill: 'none', 'stroke-width': 2, ...more}), g = svg('svg', {viewBox: `0 0 ${W} ${H}`, width: W, height: H, style: 'max-width:100%;height:auto', role: 'img', 'aria-label': `distance of the pictures by step, now ${number(log[at].error, 1)}, a still picture ${number(log[at].still, 1)}`});
-    g.append(svg('line', {x1: 34, x2: W - 6, y1: y(0), y2: y(0), stroke: 'currentColor', opacity: .4}), svg('text', {x: 0, y: y(top) + 8}, top.toFixed(0)), svg('text', {x: 22, y: y(0) + 4}, '0'), svg('text', {x: 34, y: H - 2}, `step ${log[from]?.step ?? 0}`), svg('text', {x: W - 40, y: H - 2}, String((log[from]?.step ?? 0) + n)), line('still', {stroke: '#0072b2', 'stroke-dasharray': '5 3'}), line('error', {stroke: '#d55e00'}));
-    const i = apart == null ? -1 : log.findIndex(e => e.step === apart); if (i >= from) g.append(svg('line', {x1: x(i), x2: x(i), y1: 4, y2: y(0), stroke: '#e69f00', 'stroke-width': 2}), svg('text', {x: x(i) + 4, y: 12}, 'part here'));
+    g.append(svg('line', {x1: 34, x2: W - 6, y1: y(0), y2: y(0), stroke: 'currentColor', opacity: .4}), svg('text', {x: 0, y: y(top) + 4}, top.toFixed(0)), svg('text', {x: 22, y: y(0) + 4}, '0'), svg('text', {x: 34, y: H - 2}, `step ${log[from]?.step ?? 0}`), svg('text', {x: W - 40, y: H - 2}, String((log[from]?.step ?? 0) + n)), line('still', {stroke: '#0072b2', 'stroke-dasharray': '5 3'}), line('error', {stroke: '#d55e00'}));
+    const i = apart == null ? -1 : log.findIndex(e => e.step === apart); if (i >= from) g.append(svg('line', {x1: x(i), x2: x(i), y1: 4, y2: y(0), stroke: '#e69f00', 'stroke-width': 2}), svg('text', {x: Math.min(x(i) + 4, W - 60), y: 12}, 'part here'));
     g.append(svg('line', {x1: x(at), x2: x(at), y1: 4, y2: y(0), stroke: 'currentColor', opacity: .6})); chart.replaceChildren(g);
   };
   const shoot = () => { const w = film.both ? 172 : 84, f = new Uint8Array(w * 84).fill(128), read = (c, x) => { const p = c.getContext('2d', CANVAS).getImageData(0, 0, 84, 84).data; for (let i = 0; i < 7056; i++) f[Math.floor(i / 84) * w + x + i % 84] = p[4 * i]; }; read(shots[0][0], 0); if (film.both) read(shots[1][0], 88); film.frames.push(f); if (film.frames.length >= 600) filming(); };
@@ -732,7 +732,7 @@ def widget_data(stage, kind):
     choices('widget', kind, WIDGETS)
     if kind == 'dream':
         player = Player.of(stage)
-        steps, forks, after = stage.pick(smoke=(8, 1, 3), laptop=(60, 2, 20), gpu=(80, 3, 24))
+        steps, forks, after = stage.pick(smoke=(8, 1, 3), laptop=(48, 2, 16), gpu=(80, 3, 24))
         return dream_data(player, steps, forks, after, stage.games[:1] if stage.profile == 'smoke' else None, stage.seed), player
     tokenizer, episodes = stage.load('tokenizer', Tokenizer), {g: load_episodes(stage, g, 'test') for g in stage.games}
     if kind == 'levels': return level_pictures(tokenizer, episodes, stage.pick(smoke=1, laptop=3, gpu=5), stage.seed), None

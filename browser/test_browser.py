@@ -1,6 +1,7 @@
 """The explorer in a real browser: the exported page from file:// with nothing let out, the player of `atari-hrvq play`, and JupyterLab with a kernel."""
 import io
 import json
+import os
 import re
 import signal
 import socket
@@ -166,11 +167,13 @@ def drive(t, w, measured, where):
     page.wait_for_function('e => e.dataset.step === "0"', arg=w.element_handle()); before = t.pixels(canvas)
     w.get_by_label('Speed').select_option(label='as fast as it can'); w.get_by_role('button', name='Play').click()
     best = 0
-    for _ in range(12):
+    for _ in range(40):
         page.wait_for_timeout(300); best = max(best, float(w.get_attribute('data-rate') or 0))
+        if best >= 25: break
         if (p := w.get_by_role('button', name='Play', exact=True)).count(): w.get_by_role('button', name='New start').click(); page.wait_for_timeout(600); p.click()
     measured[f'{where}: frames a second, dream and real game (at least 15)'] = f'{best:.0f}'
-    assert best >= 15 and t.pixels(canvas) != before
+    assert t.pixels(canvas) != before
+    assert best >= 15, f'{best:.1f} steps a second, with a load of {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores: try again when the machine is not busy'
     if w.get_by_role('button', name='Pause').count(): w.get_by_role('button', name='Pause').click()
     w.get_by_label('Speed').select_option(index=0); w.get_by_role('button', name='New start').click(); page.wait_for_function('e => e.dataset.step === "0"', arg=w.element_handle())
     assert w.get_attribute('data-who') == 'agent'
@@ -234,5 +237,9 @@ def test_jupyterlab_kernel_hears(tab, measured, lab):
     page.evaluate("() => { const n = window.jupyterapp.shell.currentWidget.content; n.activeCellIndex = n.widgets.length - 1; window.jupyterapp.commands.execute('notebook:run-cell'); }")
     page.wait_for_function(f"() => ({heard})() === 'heard [0, {now}]\\n' || ({heard})()?.trim() === 'heard [0, {now}]'", timeout=30_000)
     d = page.locator('.hrvq', has_text=KINDS['dream']).first; d.scroll_into_view_if_needed()
+    cells = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.length"); d.get_by_role('group', name=re.compile('dream player')).focus()
+    for key in ('a', 'd', 'd', 'w', 's', 'b', 'ArrowDown', 'x'): page.keyboard.press(key)             # in JupyterLab these add, delete and cut cells
+    assert page.evaluate("() => window.jupyterapp.shell.currentWidget.content.widgets.length") == cells
+    if d.get_attribute('data-who') == 'you': page.keyboard.press('t')
     drive(t, d, measured, 'JupyterLab'); d.screenshot(path=SHOTS / 'lab-dream.png')
     assert not t.tried, t.tried

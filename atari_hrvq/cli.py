@@ -8,12 +8,12 @@ import argparse, json, os, signal, sys, threading
 from importlib import metadata
 from pathlib import Path
 from .book import STAGES, StageFailed, find_stage, read_claims, run_chain, status_table
-from .core import BookError, GAMES, PROFILES, choices, write_json
-from .publish import ship, store_outputs
+from .core import BookError, GAMES, PROFILES, choices, read_json, require, write_json
+from .publish import publish, results_table, ship, store_outputs, write_between
 
 # %% auto #0
 __all__ = ['BENCHES', 'Parser', 'parser', 'command_run', 'command_status', 'command_claims', 'command_bench', 'command_outputs',
-           'command_ship', 'command_play', 'main']
+           'command_publish', 'command_ship', 'command_play', 'main']
 
 # %% ../nbs/93_cli.ipynb #parser
 BENCHES = ('frames', 'encoder', 'quantizer', 'dream')
@@ -35,10 +35,13 @@ def parser():
     r.add_argument('--to', dest='last', metavar='CH', help='stop after this chapter')
     s = sub.add_parser('status', help='what a run has done'); s.add_argument('run', help='the run folder')
     c = sub.add_parser('claims', help='the ledger of a run'); c.add_argument('run', help='the run folder'); c.add_argument('--json', action='store_true', help='as JSON')
+    c.add_argument('--markdown', action='store_true', help='as a Markdown table'); c.add_argument('--into', metavar='FILE', help='write the Markdown table between the claims markers of this file')
     b = sub.add_parser('bench', help='measure speed'); b.add_argument('name', nargs='?', help=f'one of {", ".join(BENCHES)} (default: all)'); b.add_argument('--json', metavar='FILE', help='also write the rows there')
     o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
     w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, world or agent')
     w.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)'); w.add_argument('--to', default='pretrained', help='default: %(default)s')
+    d = sub.add_parser('publish', help='make the pages of the book from a finished run'); d.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
+    d.add_argument('--out', default='_docs', help='folder of the pages (default: %(default)s)')
     y = sub.add_parser('play', help='play inside the world model of a run, in the browser'); y.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
     y.add_argument('--game', help='the game to begin with (default: the first of the run)'); y.add_argument('--port', type=int, default=0, help='on 127.0.0.1 (default: any that is free)'); y.add_argument('--no-browser', action='store_true', help='print the address only')
     return p
@@ -57,7 +60,9 @@ def command_status(a): print(status_table(a.run))
 def command_claims(a):
     from atari_hrvq.claims import show_claims
     table = read_claims(a.run)
-    print(json.dumps(table, indent=1) if a.json else show_claims(table))
+    require(a.json + a.markdown + bool(a.into) < 2, 'claims: give one of --json, --markdown and --into')
+    if a.into: write_between(a.into, results_table(table, read_json(Path(a.run) / 'run.json', {})))
+    else: print(json.dumps(table, indent=1) if a.json else results_table(table, read_json(Path(a.run) / 'run.json', {})) if a.markdown else show_claims(table))
 
 def command_bench(a):
     if a.name: choices('benchmark', a.name, BENCHES)
@@ -69,6 +74,8 @@ def command_bench(a):
     print(Table(rows, digits=2))
 
 def command_outputs(a): store_outputs(a.run)
+
+def command_publish(a): publish(a.run, a.out)
 
 def command_ship(a): ship(a.run, a.name, a.to)
 

@@ -505,10 +505,10 @@ a { color: var(--link); text-decoration: none } a:hover { text-decoration: under
 .skip { position: absolute; left: -99rem } .skip:focus { left: 1rem; top: .5rem; z-index: 9; background: var(--page); padding: .3rem .6rem }
 header { position: sticky; top: 0; z-index: 5; display: flex; gap: .6rem; align-items: center; height: 3.2rem; padding: 0 1rem; background: var(--page); border-bottom: 1px solid var(--line) }
 header .title { font-weight: 650; color: var(--text); margin-right: auto; white-space: nowrap }
-button, header input { font: inherit; font-size: .9rem; color: var(--text); background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; padding: .25rem .6rem } header input { width: 14rem; max-width: 38vw } #menu { display: none }
+button, header input { font: inherit; font-size: .9rem; color: var(--text); background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; padding: .25rem .6rem } header input { flex: 0 1 14rem; min-width: 4rem } header button { flex: none } #menu { display: none }
 .grid { display: grid; grid-template-columns: 17rem minmax(0, 1fr) 14rem; max-width: 92rem; margin: 0 auto }
 .side { position: sticky; top: 3.2rem; align-self: start; max-height: calc(100vh - 3.2rem); overflow: auto; padding: 1.4rem 1rem 2rem; font-size: .88rem; line-height: 1.4 }
-.side p { margin: 1.1rem 0 .3rem; font-weight: 650; color: var(--soft); font-size: .78rem; letter-spacing: .03em } .side a { display: block; padding: .22rem .5rem; color: var(--text); border-radius: .35rem } .side a[aria-current] { background: var(--panel); font-weight: 600; color: var(--link) } .side a.deep { padding-left: 1.2rem; color: var(--soft) }
+.side p { margin: 1.1rem 0 .3rem; font-weight: 650; color: var(--soft); font-size: .78rem; letter-spacing: .03em } .side a { display: block; padding: .22rem .5rem; color: var(--text); border-radius: .35rem } .side a[aria-current] { background: var(--panel); font-weight: 600; color: var(--link) } .side i { font-style: normal; color: var(--soft); font-size: .8em; margin-right: .35em } .side a.deep { padding-left: 1.2rem; color: var(--soft) }
 main { min-width: 0; max-width: 48rem; width: 100%; margin: 0 auto; padding: 1.6rem 1.4rem 3rem; overflow-wrap: break-word }
 h1 { font-size: 2.05rem; line-height: 1.2; margin: .6rem 0 .9rem; letter-spacing: -.01em } h2 { font-size: 1.4rem; line-height: 1.3; margin: 2.4rem 0 .7rem } h3 { font-size: 1.1rem; margin: 1.8rem 0 .5rem }
 blockquote { margin: 0 0 1.4rem; color: var(--soft); font-size: 1.08rem } blockquote p { margin: 0 }
@@ -520,7 +520,7 @@ code, pre { font: .86em/1.5 ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sa
 pre { margin: 0; overflow-x: auto; font-size: .8rem } .highlight, .output_text { background: var(--panel); border-radius: .4rem; padding: .7rem .9rem } .highlight .highlight { padding: 0 } .output_text { background: none; border-left: 3px solid var(--line); border-radius: 0; padding: .2rem .9rem }
 details.code { margin: 1rem 0 } details.code > summary { color: var(--soft); font-size: .78rem; cursor: pointer; margin-bottom: .3rem } details.code[open] > summary { opacity: .75 }
 figure { margin: 1rem 0; overflow-x: auto } figcaption, .caption { color: var(--soft); font-size: .88rem; margin-top: .4rem } img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem } .output_subarea { overflow-x: auto }
-table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; margin: .8rem 0; display: block; overflow-x: auto; max-width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal } th { font-weight: 650; border-bottom-width: 2px }
+table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; margin: .8rem 0; display: block; overflow-x: auto; max-width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal } th { font-weight: 650; border-bottom-width: 2px } table:has(th:nth-child(8)) { font-size: .76rem } table:has(th:nth-child(8)) :is(th, td) { padding: .3rem .4rem }
 .formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.06em }
 details:not(.code), div[class*=callout] { border: 1px solid var(--line); border-left: 4px solid var(--link); border-radius: .4rem; padding: .6rem 1rem; margin: 1rem 0 } details:not(.code) > summary, .box-title { cursor: pointer; font-weight: 600; margin: 0 } .box-title { cursor: auto }
 .reference { padding-left: 1.6rem; text-indent: -1.6rem } main h2[id]:target, main h3[id]:target, .reference:target { background: var(--mark) }
@@ -564,7 +564,8 @@ document.addEventListener('click', e => { if (!found.contains(e.target) && e.tar
 def page_html(page, pages, titles, body, headings, config):
     "One whole page: head, chapters, text, sections, the way on, licence."
     book, esc = config['book'], html.escape
-    def link(p, **more): return f'<a href="{p.html}"{"".join(f" {k}={v}" for k, v in more.items())}>{titles[p.stem]}</a>'
+    number = {p.stem: f'<i>{m[1]}</i>' for p in pages if (m := re.match(r'(\d\d|A\d)_', p.stem))}
+    def link(p, **more): return f'<a href="{p.html}"{"".join(f" {k}={v}" for k, v in more.items())}>{number.get(p.stem, "")}{titles[p.stem]}</a>'
     side, part = [], ''
     for p in pages:
         if p.part != part: side.append(f'<p>{esc(p.part)}</p>'); part = p.part
@@ -712,11 +713,11 @@ def write_project(project, root, books, pages):
         if (root / name).exists(): write_atomic(project / name, (root / name).read_bytes())
 
 # %% ../nbs/92_publish.ipynb #publish
-def publish(run, out='_docs', root=None, log=sys.stderr):
+def publish(run, out='_docs', root=None, log=None):
     """Make the book's pages in `out` from a finished run: by Quarto, or by nbconvert where there is no Quarto; returns the folder.
 
     Beside `out` a Quarto project `_proc/` is left. The pages are checked first; with a problem the old ones stay and `BookError` names it."""
-    root, run, out = Path(root or repo_root()).absolute(), Path(run).absolute(), Path(out).absolute()
+    log, root, run, out = log or sys.stderr, Path(root or repo_root()).absolute(), Path(run).absolute(), Path(out).absolute()
     require(not out.is_file() and (not out.exists() or not any(out.iterdir()) or (out / 'search.js').exists() or (out / 'search.json').exists()),
             f'{out} holds something that is no page set of this book: choose another --out')
     config = book_config(root)

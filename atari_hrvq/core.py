@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #imports
 from __future__ import annotations
-import hashlib, json, math, os, sys, time
+import hashlib, io, json, math, os, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ import safetensors.torch as st
 from tqdm.std import tqdm
 
 # %% auto #0
-__all__ = ['PROFILES', 'GAMES', 'MAKERS', 'BookError', 'require', 'choices', 'pick', 'parse_games', 'derive', 'rng_for',
-           'seed_all', 'best_device', 'precision', 'count_parameters', 'pack', 'unpack', 'write_atomic', 'write_json',
-           'save_tree', 'load_tree', 'file_hash', 'Pretrained', 'load_weights', 'progress', 'FitConfig',
-           'learning_rate', 'make_adamw', 'fit', 'fingerprint', 'save_checkpoint', 'load_checkpoint', 'plot_history',
-           'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number', 'Table',
-           'bootstrap_mean']
+__all__ = ['PROFILES', 'GAMES', 'monitor', 'MAKERS', 'BookError', 'require', 'choices', 'pick', 'parse_games', 'derive',
+           'rng_for', 'seed_all', 'best_device', 'precision', 'count_parameters', 'pack', 'unpack', 'write_atomic',
+           'write_json', 'save_tree', 'load_tree', 'file_hash', 'Pretrained', 'load_weights', 'progress', 'Monitor',
+           'FitConfig', 'learning_rate', 'make_adamw', 'fit', 'fingerprint', 'save_checkpoint', 'load_checkpoint',
+           'plot_history', 'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number',
+           'Table', 'bootstrap_mean']
 
 # %% ../nbs/00_core.ipynb #errors
 class BookError(Exception):
@@ -214,6 +214,45 @@ def progress(iterable, desc, total=None):
             except OSError: report = os.devnull
         yield x
 
+# %% ../nbs/00_core.ipynb #monitor
+class Monitor:
+    """One live picture a cell: `monitor(desc, history, key)` draws `key` of the training `desc` against its `step`.
+
+    A training that reaches its end says `last=True`; before that the picture is redrawn at most every `every_s` seconds."""
+    colours = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#999999', '#000000')    # safe for colour-blind readers
+
+    def __init__(self, every_s=3.): self.every_s, self.cell = every_s, None
+
+    def __call__(self, desc, history, key='loss', last=False):
+        shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+        if not hasattr(shell, 'kernel') or not history: return
+        if self.cell != shell.execution_count: self.cell, self.lines, self.handle, self.clock = shell.execution_count, {}, None, 0.
+        self.lines[desc, key] = [h['step'] for h in history], [h[key] for h in history]
+        if not last and ('ATARI_HRVQ_PROGRESS' in os.environ or time.time() - self.clock < self.every_s): return
+        self.clock = time.time()
+        from IPython.display import Image, display
+        picture = Image(self.picture(), format='png', alt='Training: ' + ', '.join(f'{k} of {d} now {y[-1]:.3g}' for (d, k), (_, y) in self.lines.items()))
+        if self.handle is None: self.handle = display(picture, display_id=True)
+        else: self.handle.update(picture)
+
+    def picture(self):
+        "PNG bytes: one panel for each key."
+        from matplotlib.figure import Figure
+        keys = list(dict.fromkeys(k for _, k in self.lines))
+        fig = Figure(figsize=(min(7.2, 3.8 * len(keys)), 2.2), layout='constrained')
+        for ax, key in zip(fig.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+            mine = [(d, x, y) for (d, k), (x, y) in self.lines.items() if k == key]
+            for i, (d, x, y) in enumerate(mine): ax.plot(x, y, lw=1, marker='.' if len(x) == 1 else '', color=self.colours[i % len(self.colours)], label=f'{d} {y[-1]:.3g}')
+            if all(v > 0 for _, _, y in mine for v in y): ax.set_yscale('log')
+            ax.set_xlabel('step', fontsize=7); ax.set_title(key.replace('_', ' '), fontsize=8); ax.tick_params(labelsize=7, which='both')
+            ax.spines[['top', 'right']].set_visible(False)
+            if len(mine) <= 2 * len(self.colours): ax.legend(frameon=False, fontsize=6, ncols=1 + len(mine) // 6)
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format='png', dpi=80)
+        return buffer.getvalue()
+
+monitor = Monitor()
+
 # %% ../nbs/00_core.ipynb #fit
 @dataclass
 class FitConfig:
@@ -243,7 +282,7 @@ def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', call
     """Train `module` for `config.steps` steps; returns the history, a list of dicts with `step`, `loss` and the metrics.
 
     `batch(rng)` returns the arguments of `module.loss`, which returns `(scalar loss, dict of scalars)`.
-    `callback(step, module)` runs before each step (k-means starts, schedules). With `checkpoint` (a path) the loop
+    `callback(step, module)` runs before each step (k-means starts, schedules). With `checkpoint` (a path) the loss is drawn live and the loop
     resumes from there bitwise if the file was made by the same code and configuration, and starts afresh otherwise.
     Raises `BookError` at a loss that is not finite; the last checkpoint stays."""
     device = next(module.parameters()).device
@@ -268,10 +307,13 @@ def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', call
         opt.step()
         if k % every == 0 or k == config.steps - 1:
             history.append({'step': k, 'loss': loss.item(), **{n: v.item() if isinstance(v, torch.Tensor) else v for n, v in metrics.items()}})
+            if checkpoint: monitor(Path(checkpoint).stem.split('-', 1)[-1], history)
         if checkpoint and time.time() - clock > config.checkpoint_s:
             clock = time.time()
             save_checkpoint(checkpoint, mark, {'module': module.state_dict(), 'opt': opt.state_dict(), 'history': history, 'step': k + 1})
-    if checkpoint: save_checkpoint(checkpoint, mark, {'module': module.state_dict(), 'opt': opt.state_dict(), 'history': history, 'step': config.steps})
+    if checkpoint:
+        save_checkpoint(checkpoint, mark, {'module': module.state_dict(), 'opt': opt.state_dict(), 'history': history, 'step': config.steps})
+        monitor(Path(checkpoint).stem.split('-', 1)[-1], history, last=True)
     module.eval()
     return history
 

@@ -150,13 +150,14 @@ def file_hash(path):
 class Pretrained(torch.nn.Module):
     """A module built from one config dataclass (class attribute `Config`, instance attribute `config`).
 
-    `save_pretrained(folder)` writes `config.json` and `model.safetensors`; `from_pretrained(folder_or_hub_id)`
-    reads them. Weights load without pickle; a shape or name that does not fit is one sentence."""
+    `save_pretrained(folder, dtype)` writes `config.json` and `model.safetensors` (`dtype` torch.float16 halves the file; what does
+    not fit into it stays as it is); `from_pretrained(folder_or_hub_id)` reads them. Weights load without pickle; a shape or name that does not fit is one sentence."""
     Config = None
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, dtype=None):
         folder = Path(folder)
-        state = {k: v.detach().cpu().clone().contiguous() for k, v in self.state_dict().items()}
+        fits = lambda v: dtype and v.is_floating_point() and v.numel() and v.abs().max() < torch.finfo(dtype).max
+        state = {k: v.detach().cpu().to(dtype if fits(v) else v.dtype, copy=True).contiguous() for k, v in self.state_dict().items()}
         write_atomic(folder / 'model.safetensors', st.save(state))
         write_json(folder / 'config.json', {'class': type(self).__name__, **asdict(self.config)})
         return folder

@@ -44,7 +44,7 @@ def test_one_parameters_cell(path):
 
 
 def test_every_stage_of_the_chain_is_a_notebook():
-    assert [p.stem[:2] for p in CHAPTERS] == [*(f'{i:02d}' for i in range(14)), '90', '91', 'A1', 'A2'] and NOTEBOOKS[-1].stem == 'index'
+    assert [p.stem[:2] for p in CHAPTERS] == [*(f'{i:02d}' for i in range(15)), '90', '91', 'A1', 'A2'] and NOTEBOOKS[-1].stem == 'index'
     assert {p.stem for p in STAGE_NOTEBOOKS} <= {s.name for s in STAGES} <= {p.stem for p in CHAPTERS}
 
 

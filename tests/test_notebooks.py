@@ -40,7 +40,7 @@ def test_one_parameters_cell(path):
     tagged = [c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1
     values = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(source(tagged[0])).body}
-    assert values == {'run': 'runs/smoke', 'profile': 'smoke', 'games': ['pong', 'breakout', 'ms_pacman'], 'seed': 0}
+    assert values == {'run': 'runs/smoke', 'profile': 'smoke', 'games': ['pong', 'breakout', 'ms_pacman'], 'seed': 0, 'start': 'scratch'}
 
 
 def test_every_stage_of_the_chain_is_a_notebook():

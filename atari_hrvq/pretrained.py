@@ -4,19 +4,21 @@
 
 # %% ../nbs/14_pretrained.ipynb #imports
 from __future__ import annotations
-import shutil
+import json, shutil, tempfile
 from pathlib import Path
 import numpy as np
 import torch
 from .agent import Agent
-from .core import BookError, bootstrap_mean, file_hash, load_tree, read_json, require, save_tree, seed_all, write_json
-from .dream import DreamVectorEnv
+from .core import (BookError, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, read_json, require, rng_for, save_tree, seed_all,
+                             write_atomic, write_json)
+from .dream import Contexts, DreamVectorEnv
 from .evaluate import RandomAgent, evaluate
+from .frames import load_stored
 from .hrvq import Tokenizer
-from .world import WorldModel
+from .world import WorldModel, tokenise
 
 # %% auto #0
-__all__ = ['PARTS', 'dream_of', 'halved', 'pack', 'verify', 'score']
+__all__ = ['PARTS', 'dream_of', 'halved', 'pack', 'verify', 'score', 'ship_agent', 'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -108,3 +110,53 @@ def score(folder, game, episodes=30, seed=0, greedy=False, max_steps=27_000):
     shipped = read_json(Path(folder) / 'scores.json', {}).get(game)
     if shipped: rows.append({'player': 'as shipped', **{k: shipped.get(k) for k in ('mean', 'lo', 'hi', 'episodes')}})
     return rows
+
+# %% ../nbs/14_pretrained.ipynb #ship
+def ship_agent(run, folder, made, episodes=30):
+    """Pack the agent of a finished `run` into `folder`, with scores over `episodes` whole games, a stored dream from its replay, and a card.
+
+    `made`: what else the card should say (hardware, versions). Returns the folder."""
+    run, folder = Path(run).absolute(), Path(folder)
+    config = read_json(run / 'run.json', {})
+    require((run / 'stages' / '10_agent.json').exists(), f'chapter 10_agent, which makes the agent, is not finished in {run}: run it to its end first')
+    stage = Stage('11_evaluate', run, config['profile'], config['games'], config['seed'])
+    agent, replay, codes = stage.load('agent', Agent), {}, {}
+    for g in stage.games:
+        parts = sorted((f for f in stage.index() if f.startswith(f'agent-replay-{g}-')), key=lambda f: int(f.split('-')[-1].split('.')[0]))
+        replay[g], codes[g] = {f: stage.index()[f]['sha256'] for f in parts}, tokenise(agent.tokenizer, load_stored(stage, parts[-1].removesuffix('.safetensors')))
+    contexts = Contexts(codes, agent.games, agent.context)(2 * len(stage.games), rng_for(stage.seed, 'stored dream'))
+    steps = {r['name']: r for r in map(json.loads, (run / 'metrics' / '10_agent.jsonl').read_text().splitlines()) if 'name' in r}['real_steps']['value']
+    made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'learned from': replay}
+    with tempfile.TemporaryDirectory() as t:
+        halved(agent, t)
+        scores = {}
+        for g in stage.games:
+            ours, chance = score(t, g, episodes, derive(stage.seed, 'scores'))
+            scores[g] = {**{k: ours[k] for k in ('mean', 'lo', 'hi', 'episodes', 'cut short', 'agent steps')}, 'seed': derive(stage.seed, 'scores'), 'random': chance['mean'], 'random lo': chance['lo'], 'random hi': chance['hi']}
+    pack(agent, folder, contexts, scores, made)
+    write_atomic(folder / 'metrics.jsonl', ''.join((run / 'metrics' / f'{c}.jsonl').read_text() for c in ('10_agent', '11_evaluate') if (run / 'metrics' / f'{c}.jsonl').exists()))
+    write_atomic(folder / 'README.md', agent_card(folder))
+    return folder
+
+def agent_card(folder):
+    "Markdown: how to load the agent, what it scores, what it was made from, what it cannot do."
+    made, scores = read_json(folder / 'manifest.json')['made'], read_json(folder / 'scores.json')
+    rows = [{'game': g, 'score': s['mean'], '95% interval': f'{s["lo"]:.1f} to {s["hi"]:.1f}', 'random play': s['random'], 'its interval': f'{s["random lo"]:.1f} to {s["random hi"]:.1f}', 'episodes': s['episodes'], 'cut short': s['cut short']} for g, s in scores.items()]
+    told = {k: v for k, v in made.items() if k not in ('learned from', 'games')}
+    return f"""# {folder.name}
+
+    from atari_hrvq.agent import Agent
+    agent = Agent.from_pretrained('pretrained/{folder.name}')
+
+Tokenizer, world model and policy of one agent for {", ".join(made['games'])}, in half precision, without pickle. `atari-hrvq verify pretrained/{folder.name}` checks
+the files and a stored dream; `atari-hrvq evaluate pretrained/{folder.name} --game {made['games'][0]}` plays the scores again.
+
+Whole games, unclipped, up to 30 no-ops at the start, no sticky actions, actions sampled from the policy, one seed of training:
+
+{Table(rows, digits=2)._repr_markdown_()}
+
+{Table([{'what': k, 'value': str(v)} for k, v in told.items()])._repr_markdown_()}
+
+It has seen these games only, {made['agent steps']:,} agent steps of all together, and was not asked to play with sticky actions. `metrics.jsonl` holds every figure and curve of its training
+and evaluation; the replay it learned from is seeds and actions, whose hashes are in `manifest.json`.
+"""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 import torch
-from .core import (FitConfig, Stage, derive, fingerprint, fit, load_checkpoint, progress, read_json, require,
+from .core import (FitConfig, Stage, derive, fingerprint, fit, load_checkpoint, monitor, progress, read_json, require,
                              rng_for, save_checkpoint, seed_all, write_json)
 from .dream import Contexts, DreamVectorEnv, observation_size, observe
 from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, store_episodes
@@ -40,9 +40,9 @@ class Agent:
     @property
     def device(self): return next(self.world.parameters()).device
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, dtype=None):
         folder = Path(folder)
-        for name in ('tokenizer', 'world', 'policy'): getattr(self, name).save_pretrained(folder / name)
+        for name in ('tokenizer', 'world', 'policy'): getattr(self, name).save_pretrained(folder / name, dtype)
         write_json(folder / 'config.json', {'class': 'Agent', 'context': self.context})
         return folder
 
@@ -131,6 +131,7 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoi
         metrics = ppo.update(lived, generator)
         valid = lived.valid.float()
         history.append({'step': k, 'dream_reward': float((lived.rewards * valid).sum() / valid.sum()), **{n: float(v) for n, v in metrics.items()}})
+        monitor(desc, history, 'dream_reward', last=k == iterations - 1)
         if checkpoint and time.time() - clock > every_s:
             clock = time.time()
             save_checkpoint(checkpoint, mark, {'ppo': ppo.state(), 'step': k + 1, 'history': history})

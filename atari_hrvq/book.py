@@ -261,20 +261,21 @@ def execute(root, folder, name, parameters):
     require({k: wrote.get(k) for k in asked} == asked, f'{name} ran with {wrote or "nothing"} instead of {asked}: its parameters cell must carry the tag "parameters"')
 
 # %% ../nbs/91_book.ipynb #chain
-def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None, out=None, root=None):
+def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None, out=None, root=None, start='scratch'):
     """Run the chapters `first` to `last` (all by default) into the folder `run`; returns the manifest.
 
     Finished chapters whose key and files are unchanged are skipped, unless `first` names them or an earlier one."""
     choices('profile', profile, PROFILES)
     require(seed >= 0, f'seed {seed!r} is not a whole number from 0 on')
-    parameters = {'profile': profile, 'games': list(parse_games(games)), 'seed': seed}
+    choices('start', start, ('scratch', 'pretrained'))
+    parameters = {'profile': profile, 'games': list(parse_games(games)), 'seed': seed, 'start': start}
     names = [s.name for s in STAGES]
     a, b = names.index(find_stage(first)) if first else 0, names.index(find_stage(last)) if last else len(names) - 1
     require(a <= b, f'--from {names[a]} lies after --to {names[b]}: swap them')
     root, folder = root or repo_root(), Path(run).absolute()
     with locked(folder), kernel_environment(folder):
         made = read_json(folder / 'run.json', {})
-        require(not made or made == parameters, f'{folder} was made by another configuration ({made}), not {parameters}: choose another run folder')
+        require(not made or {'start': 'scratch', **made} == parameters, f'{folder} was made by another configuration ({made}), not {parameters}: choose another run folder')
         end_processes(read_json(folder / '.kernels', []))
         return _run(root, folder, parameters, STAGES[:b + 1], a, bool(first), out or sys.stderr)
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 import argparse, json, os, signal, sys, threading
 from importlib import metadata
 from pathlib import Path
-from .book import STAGES, StageFailed, find_stage, read_claims, run_chain, status_table
-from .core import BookError, GAMES, PROFILES, choices, read_json, require, write_json
+from .book import STAGES, StageFailed, find_stage, hardware, read_claims, run_chain, status_table, versions
+from .core import BookError, GAMES, PROFILES, Table, choices, read_json, require, write_json
 from .publish import publish, results_table, ship, store_outputs, write_between
 
 # %% auto #0
 __all__ = ['BENCHES', 'Parser', 'parser', 'command_run', 'command_status', 'command_claims', 'command_bench', 'command_outputs',
-           'command_publish', 'command_ship', 'command_play', 'main']
+           'command_publish', 'command_ship', 'command_verify', 'command_evaluate', 'command_play', 'main']
 
 # %% ../nbs/93_cli.ipynb #parser
 BENCHES = ('frames', 'encoder', 'quantizer', 'dream')
@@ -31,6 +31,7 @@ def parser():
     r.add_argument('--profile', default='laptop', help=f'budget: {", ".join(PROFILES)} (default: %(default)s)')
     r.add_argument('--games', default=','.join(GAMES), help='comma-separated (default: %(default)s)')
     r.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    r.add_argument('--start', default='scratch', help='scratch, or pretrained: train on from the shipped weights (default: %(default)s)')
     r.add_argument('--from', dest='first', metavar='CH', help='run from this chapter on, finished or not (04, hrvq or 04_hrvq)')
     r.add_argument('--to', dest='last', metavar='CH', help='stop after this chapter')
     s = sub.add_parser('status', help='what a run has done'); s.add_argument('run', help='the run folder')
@@ -38,8 +39,13 @@ def parser():
     c.add_argument('--markdown', action='store_true', help='as a Markdown table'); c.add_argument('--into', metavar='FILE', help='write the Markdown table between the claims markers of this file')
     b = sub.add_parser('bench', help='measure speed'); b.add_argument('name', nargs='?', help=f'one of {", ".join(BENCHES)} (default: all)'); b.add_argument('--json', metavar='FILE', help='also write the rows there')
     o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
-    w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, world or agent')
+    w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, motion_tokenizer, or agent: all that plays, scored and checked')
     w.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)'); w.add_argument('--to', default='pretrained', help='default: %(default)s')
+    w.add_argument('--as', dest='label', default='three-games', help='the folder of an agent (default: %(default)s)'); w.add_argument('--episodes', type=int, default=30, help='whole games that an agent is scored on (default: %(default)s)')
+    v = sub.add_parser('verify', help='check shipped weights: files, sizes, a stored dream'); v.add_argument('folder', help='such as pretrained/three-games')
+    e = sub.add_parser('evaluate', help='play whole games with shipped weights'); e.add_argument('folder', help='such as pretrained/three-games')
+    e.add_argument('--game', required=True, help='one of those that the weights know'); e.add_argument('--episodes', type=int, default=30, help='default: %(default)s'); e.add_argument('--seed', type=int, help='default: that of the shipped score')
+    e.add_argument('--greedy', action='store_true', help='the likeliest action instead of a drawn one'); e.add_argument('--steps', type=int, default=27_000, help='cut games after so many agent steps (default: the protocol\'s %(default)s)')
     d = sub.add_parser('publish', help='make the pages of the book from a finished run'); d.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
     d.add_argument('--out', default='_docs', help='folder of the pages (default: %(default)s)')
     y = sub.add_parser('play', help='play inside the world model of a run, in the browser'); y.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
@@ -48,7 +54,7 @@ def parser():
 
 # %% ../nbs/93_cli.ipynb #commands
 def command_run(a):
-    run_chain(a.run, a.profile, a.games, a.seed, a.first, a.last)
+    run_chain(a.run, a.profile, a.games, a.seed, a.first, a.last, start=a.start)
     names = [s.name for s in STAGES]
     if not a.last or names.index(find_stage(a.last)) >= names.index('12_claims'):
         from atari_hrvq.claims import show_claims
@@ -59,25 +65,39 @@ def command_status(a): print(status_table(a.run))
 
 def command_claims(a):
     from atari_hrvq.claims import show_claims
-    table = read_claims(a.run)
+    table, made = read_claims(a.run), read_json(Path(a.run) / 'run.json', {})
     require(a.json + a.markdown + bool(a.into) < 2, 'claims: give one of --json, --markdown and --into')
-    if a.into: write_between(a.into, results_table(table, read_json(Path(a.run) / 'run.json', {})))
-    else: print(json.dumps(table, indent=1) if a.json else results_table(table, read_json(Path(a.run) / 'run.json', {})) if a.markdown else show_claims(table))
+    if a.into: write_between(a.into, results_table(table, made))
+    else: print(json.dumps(table, indent=1) if a.json else results_table(table, made) if a.markdown else show_claims(table))
 
 def command_bench(a):
     if a.name: choices('benchmark', a.name, BENCHES)
     os.environ['IN_TEST'] = '1'                                   # no progress bars inside what is timed
     from atari_hrvq import bench
-    from atari_hrvq.core import Table
     rows = [row for name in ([a.name] if a.name else BENCHES) for row in bench.BENCHES[name]()]
     if a.json: write_json(a.json, rows)
     print(Table(rows, digits=2))
 
+# %% ../nbs/93_cli.ipynb #commands-more
 def command_outputs(a): store_outputs(a.run)
 
 def command_publish(a): publish(a.run, a.out)
 
-def command_ship(a): ship(a.run, a.name, a.to)
+def command_ship(a):
+    if a.name != 'agent': return ship(a.run, a.name, a.to)
+    from atari_hrvq.pretrained import ship_agent
+    print(f'shipped: {ship_agent(a.run, Path(a.to) / a.label, {**hardware(), **versions()}, a.episodes)}')
+
+def command_verify(a):
+    from atari_hrvq.pretrained import verify
+    rows = verify(a.folder)
+    print(Table(rows))
+    require(all(r['ok'] for r in rows), f'{a.folder} is not what was shipped, see {", ".join(r["check"] for r in rows if not r["ok"])}: fetch it again')
+
+def command_evaluate(a):
+    from atari_hrvq.pretrained import score
+    seed = a.seed if a.seed is not None else read_json(Path(a.folder) / 'scores.json', {}).get(a.game, {}).get('seed', 0)
+    print(Table(score(a.folder, a.game, a.episodes, seed, a.greedy, a.steps), digits=2))
 
 def command_play(a):
     from atari_hrvq.explore import play

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import nn
-from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, progress, require, save_checkpoint, seed_all)
+from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, monitor, progress, require, save_checkpoint, seed_all)
 
 # %% auto #0
 __all__ = ['gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout', 'PPOConfig', 'PPO', 'ReturnCounter',
@@ -181,6 +181,7 @@ def train_ppo(make_envs, policy, config, total_steps, *, seed=0, horizon=64, chu
             if clip_rewards: r.rewards = r.rewards.sign()
             metrics = ppo.update(r, generator)
         history.append({'step': (k + 1) * chunk * horizon * envs.num_envs, 'returns': counter.returns, **metrics})
+        monitor(desc, history, 'value_mean', last=k == chunks - 1)
         if checkpoint: save_checkpoint(checkpoint, mark, {'ppo': ppo.state(), 'chunk': k + 1, 'history': history})
     envs.close()
     return history

@@ -42,6 +42,7 @@ def store_outputs(run, limit=200_000, out=sys.stderr):
             print(f'{path.name}: an output of cell {cell["id"]} is too large for git and was left out', file=out)
         write_atomic(target, json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + '\n')       # as nbdev_clean writes it
 
+# %% ../nbs/92_publish.ipynb #smaller
 def _smaller(png):
     "A base64 PNG with a palette of 64 colours, if that is smaller; what is no picture stays as it is."
     import base64
@@ -50,6 +51,7 @@ def _smaller(png):
     with contextlib.suppress(OSError, ValueError): Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(64, Image.Quantize.MAXCOVERAGE).save(small, 'PNG', optimize=True)
     return min(png, base64.b64encode(small.getvalue()).decode() or png, key=len)
 
+# %% ../nbs/92_publish.ipynb #plain
 def _plain(o):
     "An output without execution counts, metadata and live widgets."
     o = {k: v for k, v in o.items() if k != 'execution_count'}
@@ -78,6 +80,7 @@ def ship(run, name, to='pretrained', out=sys.stdout):
     print(f'{name} of {run}: {sum((Path(to) / f).stat().st_size for f in files) / 1e6:.1f} MB in {folder}', file=out)
     return folder
 
+# %% ../nbs/92_publish.ipynb #model-card
 def model_card(run, name, chapter):
     "Markdown: how to load a model, where it comes from, what its chapter measured."
     from atari_hrvq.core import Table
@@ -99,6 +102,7 @@ Weights and configuration load without pickle. `metrics.jsonl` holds every figur
 {Table(figures)._repr_markdown_()}
 """
 
+# %% ../nbs/92_publish.ipynb #module-of
 def module_of(name):
     "The module of this package that defines the class `name`."
     for path in sorted(Path(atari_hrvq.__file__).parent.glob('*.py')):
@@ -115,6 +119,7 @@ def results_table(table, made):
     rows = [{'claim': r['claim'], 'original': r['original'], 'ours': number(r['ours']) + (f' ({number(r["interval"][0])} to {number(r["interval"][1])})' if r['interval'] else ''), 'null': number(r['null']), 'verdict': r['verdict']} for r in table]
     return f'Measured by one run: profile `{made.get("profile")}`, games {", ".join(made.get("games", []))}, seed {made.get("seed")}.\n\n{Table(rows)._repr_markdown_()}'
 
+# %% ../nbs/92_publish.ipynb #write-between
 def write_between(path, text):
     "Replace what stands between the `MARKERS` in the file `path`."
     path = Path(path)
@@ -134,6 +139,7 @@ class Page(NamedTuple):
     @property
     def html(self): return f'{self.stem}.html'
 
+# %% ../nbs/92_publish.ipynb #book-config
 def book_config(root):
     "`_quarto.yml` as a dict."
     import yaml
@@ -144,6 +150,7 @@ def book_config(root):
     require(isinstance(config, dict) and 'chapters' in config.get('book', {}), f'{path} lists no chapters: expected book: chapters:')
     return config
 
+# %% ../nbs/92_publish.ipynb #listed-pages
 def listed_pages(config):
     "The `Page`s of a configuration in reading order, appendices last."
     def walk(items, part):
@@ -179,6 +186,7 @@ def processed(notebook):
     p.process()
     return nb2dict(p.nb)
 
+# %% ../nbs/92_publish.ipynb #cell-options
 def cell_options(source):
     "Quarto's options (a dict) at the head of a cell, and the code below them."
     import yaml
@@ -196,12 +204,14 @@ def fold(cell):
     names = [n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != '_']
     return {'code-summary': f'In the package: {", ".join(names)}'} if 'exported' in tags and names else {}
 
+# %% ../nbs/92_publish.ipynb #plain-text
 def plain_text(markdown):
     "Markdown as one line of plain words: no headings, marks, tables or formulas."
     text = re.sub(r'```.*?```|\$\$.*?\$\$|^\|.*?$|^#.*?$|^>', ' ', markdown, flags=re.S | re.M)
     text = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', text)
     return ' '.join(re.sub(r'[*`$\\"{}]', '', text).split())
 
+# %% ../nbs/92_publish.ipynb #alt-text
 def alt_text(options, heading, prose):
     "What stands for a figure where it cannot be seen: the cell's own words, else the section and the sentence before it."
     own = options.get('fig-alt') or options.get('fig-cap')
@@ -209,7 +219,7 @@ def alt_text(options, heading, prose):
     sentence = re.split(r'(?<=[.?]) ', plain_text(prose))[-1]
     return f'Figure in the section on {plain_text(heading).rstrip("?") or "results"}' + (f'. {textwrap.shorten(sentence, 160, placeholder=" ...")}' if sentence else '')
 
-# %% ../nbs/92_publish.ipynb #prepare
+# %% ../nbs/92_publish.ipynb #shown
 def shown(output):
     "An output as a reader gets it: no noise on standard error, a widget by its twin."
     if output.get('name') == 'stderr': return None
@@ -217,6 +227,7 @@ def shown(output):
     if 'text/html' in data: output = {**output, 'data': {k: v for k, v in data.items() if not k.startswith('application/vnd.jupyter.widget')}}
     return {**output, **({'metadata': {}} if 'metadata' in output else {})}
 
+# %% ../nbs/92_publish.ipynb #forget-paths
 def forget_paths(notebook, root):
     "The notebook without the paths of the machine that ran it."
     places = {str(root): '.'}
@@ -227,6 +238,7 @@ def forget_paths(notebook, root):
     for path in sorted(places, key=len, reverse=True): text = text.replace(path, places[path]) if len(path) > 3 else text
     return json.loads(text)
 
+# %% ../nbs/92_publish.ipynb #prepare
 def prepare(notebook, root):
     "A notebook (a dict) ready for either renderer: directives out, plumbing folded, outputs clean, every figure with words for it."
     book = processed(forget_paths(notebook, root))
@@ -252,6 +264,7 @@ def exported(notebook):
     found = re.search(r'^#\|\s*default_exp\s+(\w+)', text, re.M)
     return (found[1], list(import_module(f'atari_hrvq.{found[1]}').__all__)) if found else None
 
+# %% ../nbs/92_publish.ipynb #signature
 def signature(name, obj):
     "`name(parameters)` of a callable, wrapped at 100 columns; just the name where Python knows no signature."
     try: s = str(inspect.signature(obj))
@@ -261,6 +274,7 @@ def signature(name, obj):
     whole = re.sub(r'\(self(, )?', '(', name + s).replace(': ', ':\0').replace(' = ', '\0=\0').replace(' -> ', '\0->\0')
     return textwrap.fill(whole, 100, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False).replace('\0', ' ')
 
+# %% ../nbs/92_publish.ipynb #docstring
 def docstring(obj):
     "A docstring as Markdown: words as they are, nothing taken for markup outside of `code`."
     parts = re.split(r'(`[^`]*`)', inspect.getdoc(obj) or '')
@@ -280,6 +294,7 @@ def entry(name, obj):
         text += f'\n- `{" ".join(signature(k, m).split())}`' + (f': {first}' if first else '')
     return text + '\n'
 
+# %% ../nbs/92_publish.ipynb #api-page
 def api_page(modules):
     "The Markdown of `api.qmd`; `modules`: `[(module, names, page)]` in reading order."
     text = ['# API reference\n\nEvery name that a chapter exports, by chapter. Shapes and errors stand in the docstrings.']
@@ -295,6 +310,7 @@ def outside_code(text, change):
     parts = re.split(r'(```.*?```|~~~.*?~~~|``.+?``|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]\n]*\]\([^)\n]*\)|<[^>\n]+>)', text, flags=re.S)
     return ''.join(p if i % 2 else change(p) for i, p in enumerate(parts))
 
+# %% ../nbs/92_publish.ipynb #link-names
 def link_names(book, owners, here):
     "The first mention of each exported name on a page links to the reference; `owners`: `{name: [modules]}`, `here`: the page's module."
     seen = set()
@@ -309,6 +325,7 @@ def link_names(book, owners, here):
         c['source'] = ''.join(p if i % 2 else re.sub(r'`(\w+)`', link, p) for i, p in enumerate(parts))
     return book
 
+# %% ../nbs/92_publish.ipynb #link-cells
 def link_cells(books):
     "Where an output names a chapter and a cell (`04_hrvq rate`), link to that cell; cells that are linked get an anchor `at-rate`."
     cells, named = {stem: {c.get('id') for c in b['cells']} for stem, b in books.items()}, set()
@@ -332,6 +349,7 @@ def plain_tex(text):
     text = re.sub(r"\\(['\"`^~.]|[cv](?=[{ ]))\s*\{?(\w)\}?", lambda m: unicodedata.normalize('NFC', m[2] + ACCENTS[m[1]]), text)
     return ' '.join(re.sub(r'[{}]', '', text).split())
 
+# %% ../nbs/92_publish.ipynb #read-bib
 def read_bib(text):
     "`{key: fields}` of BibTeX entries whose fields stand in braces."
     def braces(start):
@@ -348,6 +366,7 @@ def read_bib(text):
         entries[m[1]] = fields
     return entries
 
+# %% ../nbs/92_publish.ipynb #authors-of
 def authors_of(fields, short=True):
     "`Kaiser et al.`, or all names."
     names = fields.get('author', '').split(' and ')
@@ -355,7 +374,7 @@ def authors_of(fields, short=True):
     if not short: return ', '.join(' '.join(reversed(n.split(', '))) for n in names).replace('others', 'and others')
     return last[0] if len(last) == 1 else f'{last[0]} and {last[1]}' if len(last) == 2 and last[1] != 'others' else f'{last[0]} et al.'
 
-# %% ../nbs/92_publish.ipynb #cite
+# %% ../nbs/92_publish.ipynb #bibliography
 def bibliography(entries):
     "All entries as HTML, by author and year."
     rows = []
@@ -368,6 +387,7 @@ def bibliography(entries):
         rows.append(f'<p class="reference" id="ref-{key}">{". ".join(p for p in parts if p)}.</p>')
     return '\n'.join(rows)
 
+# %% ../nbs/92_publish.ipynb #cite
 def cite(text, entries):
     "Markdown with `[@a; @b]` and `@a` as links to the references; an unknown key is named."
     def one(key, bare):
@@ -395,6 +415,7 @@ def label_numbers(books):
                 found[label] = stem, f'{KINDS[kind]} {count[kind]}'
     return found
 
+# %% ../nbs/92_publish.ipynb #boxes
 def boxes(text):
     "Fenced boxes as HTML: a callout that is collapsed becomes `<details>`, every other box a `<div>`."
     lines, open_tags = [], []
@@ -439,6 +460,7 @@ def slug(text):
     t = re.sub(r'[^\w\s.-]', '', re.sub(r'<[^>]+>', '', html.unescape(text)).lower())
     return re.sub(r'^[^a-z]+', '', re.sub(r'\s+', '-', t.strip())) or 'section'
 
+# %% ../nbs/92_publish.ipynb #markdown-renderer
 def markdown_renderer():
     "A mistune renderer: Pandoc's heading identifiers, formulas as MathML; `.headings` lists `(level, identifier, html)`."
     from latex2mathml.converter import convert
@@ -601,6 +623,7 @@ def check_page(name, soup):
     words = ' '.join(t for t in main.find_all(string=True) if ':::' in t and not t.find_parent(['pre', 'code', 'script', 'style', 'textarea']))
     return problems + ([f'{name} shows a raw box mark: {words.strip()[:60]}'] if words else [])
 
+# %% ../nbs/92_publish.ipynb #check-pages
 def check_pages(folder, pages, limit_mb=25):
     "Sentences on what is wrong with the rendered pages in `folder`; an empty list if nothing is."
     from bs4 import BeautifulSoup
@@ -634,6 +657,7 @@ def sections(name, page_title, body):
         elif out and len(out[-1]['text']) < 3000: out[-1]['text'] += f'{text} '
     return out
 
+# %% ../nbs/92_publish.ipynb #render-html
 def render_html(books, pages, config, entries, folder):
     "Write the pages to `folder` without Quarto; `books`: `{stem: prepared notebook}`."
     from pygments.formatters import HtmlFormatter
@@ -676,6 +700,7 @@ def executed(path, run, root):
         finally: (run / '.progress').unlink(missing_ok=True)
         return json.loads(Path(folder, 'out.ipynb').read_text())
 
+# %% ../nbs/92_publish.ipynb #differing
 def differing(root, sources):
     "Chapters whose code is not the code that ran."
     code = lambda path: [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code' and not {'parameters', 'injected-parameters'} & set(c['metadata'].get('tags', []))]
@@ -702,6 +727,7 @@ def prepared_books(root, run, config, pages):
         if stem in by_stem: books[stem] = {'nbformat': 4, 'nbformat_minor': 5, 'metadata': {}, 'cells': [{'cell_type': 'markdown', 'id': 'page', 'metadata': {}, 'source': made[stem]()}]}
     return books, sources
 
+# %% ../nbs/92_publish.ipynb #write-project
 def write_project(project, root, books, pages):
     "A Quarto project of the prepared notebooks, ready for `quarto render` and `quarto publish`."
     shutil.rmtree(project, ignore_errors=True)

@@ -115,3 +115,21 @@ def test_metrics_are_valid_json(tmp_path):
 def test_write_atomic_leaves_no_temporary(tmp_path):
     write_atomic(tmp_path / 'a', 'x'); write_atomic(tmp_path / 'a', 'y')
     assert os.listdir(tmp_path) == ['a'] and (tmp_path / 'a').read_text() == 'y'
+
+
+def test_a_training_leaves_one_picture_in_the_saved_notebook(tmp_path):
+    "Two trainings in one cell: one picture, updated; without a checkpoint (probes) none."
+    import nbclient
+    import nbformat
+    code = f'''import torch
+from atari_hrvq.core import FitConfig, fit
+class Line(torch.nn.Module):
+    def __init__(self): super().__init__(); self.w = torch.nn.Linear(3, 1)
+    def loss(self, x): return self.w(x).pow(2).mean(), {{}}
+batch = lambda rng: (torch.from_numpy(rng.normal(size=(8, 3)).astype('float32')),)
+for n in names: fit(Line(), batch, FitConfig(20), checkpoint=f'{tmp_path}/x-{{n}}.safetensors' if n else None)'''
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f'names = {names}\n' + code) for names in (['one', 'two'], [None])])
+    nbclient.NotebookClient(nb, kernel_name='python3').execute()
+    pictures = [[o for o in c.outputs if 'image/png' in o.get('data', {})] for c in nb.cells]
+    assert [len(p) for p in pictures] == [1, 0]
+    assert 'loss of one now' in pictures[0][0].metadata['image/png']['alt'] and 'loss of two now' in pictures[0][0].metadata['image/png']['alt']

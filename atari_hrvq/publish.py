@@ -6,6 +6,7 @@
 from __future__ import annotations
 import ast, contextlib, html, inspect, io, itertools, json, re, shutil, subprocess, sys, textwrap, unicodedata
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -746,6 +747,7 @@ def publish(run, out='_docs', root=None, log=None):
     log, root, run, out = log or sys.stderr, Path(root or repo_root()).absolute(), Path(run).absolute(), Path(out).absolute()
     require(not out.is_file() and (not out.exists() or not any(out.iterdir()) or (out / 'search.js').exists() or (out / 'search.json').exists()),
             f'{out} holds something that is no page set of this book: choose another --out')
+    for m in ('nbdev', 'nbconvert', 'bs4', 'latex2mathml', 'yaml'): require(find_spec(m), f'publishing needs {m}: install the extra (pip install "atari-hrvq[docs]")')
     config = book_config(root)
     pages, project, fresh = listed_pages(config), out.parent / '_proc', out.with_name(f'.{out.name}.new')
     books, sources = prepared_books(root, run, config, pages)

@@ -40,9 +40,9 @@ class Agent:
     @property
     def device(self): return next(self.world.parameters()).device
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, dtype=None):
         folder = Path(folder)
-        for name in ('tokenizer', 'world', 'policy'): getattr(self, name).save_pretrained(folder / name)
+        for name in ('tokenizer', 'world', 'policy'): getattr(self, name).save_pretrained(folder / name, dtype)
         write_json(folder / 'config.json', {'class': 'Agent', 'context': self.context})
         return folder
 

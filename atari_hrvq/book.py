@@ -4,20 +4,18 @@
 
 # %% ../nbs/91_book.ipynb #imports
 from __future__ import annotations
-import argparse, ast, contextlib, fcntl, hashlib, json, os, platform, signal, sys, threading, time
+import ast, contextlib, fcntl, hashlib, json, os, platform, sys, threading, time
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 import atari_hrvq
-from .core import (BookError, GAMES, PROFILES, choices, file_hash, parse_games, read_json, require, write_atomic, write_json)
+from .core import (BookError, GAMES, PROFILES, choices, file_hash, parse_games, read_json, require, write_json)
 
 # %% auto #0
-__all__ = ['STAGES', 'BENCHES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure',
-           'stage_key', 'stage_keys', 'upstream', 'clock', 'Watch', 'end_processes', 'hardware', 'versions',
-           'made_files', 'check_files', 'locked', 'busy', 'StageFailed', 'logged_kernel', 'execute', 'run_chain',
-           'kernel_environment', 'store_outputs', 'ship', 'model_card', 'module_of', 'status_table', 'read_claims',
-           'Parser', 'parser', 'command_run', 'command_status', 'command_claims', 'command_bench', 'command_outputs',
-           'command_ship', 'command_play', 'main']
+__all__ = ['STAGES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure', 'stage_key',
+           'stage_keys', 'upstream', 'clock', 'Watch', 'end_processes', 'hardware', 'versions', 'made_files',
+           'check_files', 'locked', 'busy', 'StageFailed', 'logged_kernel', 'execute', 'run_chain',
+           'kernel_environment', 'status_table', 'read_claims']
 
 # %% ../nbs/91_book.ipynb #stages
 class StageSpec(NamedTuple):
@@ -263,20 +261,21 @@ def execute(root, folder, name, parameters):
     require({k: wrote.get(k) for k in asked} == asked, f'{name} ran with {wrote or "nothing"} instead of {asked}: its parameters cell must carry the tag "parameters"')
 
 # %% ../nbs/91_book.ipynb #chain
-def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None, out=None, root=None):
+def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None, out=None, root=None, start='scratch'):
     """Run the chapters `first` to `last` (all by default) into the folder `run`; returns the manifest.
 
     Finished chapters whose key and files are unchanged are skipped, unless `first` names them or an earlier one."""
     choices('profile', profile, PROFILES)
     require(seed >= 0, f'seed {seed!r} is not a whole number from 0 on')
-    parameters = {'profile': profile, 'games': list(parse_games(games)), 'seed': seed}
+    choices('start', start, ('scratch', 'pretrained'))
+    parameters = {'profile': profile, 'games': list(parse_games(games)), 'seed': seed, 'start': start}
     names = [s.name for s in STAGES]
     a, b = names.index(find_stage(first)) if first else 0, names.index(find_stage(last)) if last else len(names) - 1
     require(a <= b, f'--from {names[a]} lies after --to {names[b]}: swap them')
     root, folder = root or repo_root(), Path(run).absolute()
     with locked(folder), kernel_environment(folder):
         made = read_json(folder / 'run.json', {})
-        require(not made or made == parameters, f'{folder} was made by another configuration ({made}), not {parameters}: choose another run folder')
+        require(not made or {'start': 'scratch', **made} == parameters, f'{folder} was made by another configuration ({made}), not {parameters}: choose another run folder')
         end_processes(read_json(folder / '.kernels', []))
         return _run(root, folder, parameters, STAGES[:b + 1], a, bool(first), out or sys.stderr)
 
@@ -322,89 +321,6 @@ def _run(root, folder, parameters, stages, a, forced, out):
     print(f'all in {clock(time.time() - began)} now ({clock(total)} of work in this run), peak memory {max((x.get("peak_mb", 0) for x in done.values()), default=0)} MB', file=out, flush=True)
     return manifest
 
-# %% ../nbs/91_book.ipynb #outputs
-def store_outputs(run, limit=200_000, out=sys.stderr):
-    "Copy the outputs of a run's executed notebooks into `nbs/`, at most `limit` bytes a notebook (the largest pictures go first)."
-    root = repo_root()
-    for path in sorted((Path(run) / 'notebooks').glob('[!.]*.ipynb')):
-        target = root / 'nbs' / path.name
-        book = json.loads(target.read_text())
-        executed = {c['id']: c for c in json.loads(path.read_text())['cells']}
-        for c in book['cells']:
-            if c['cell_type'] != 'code': continue
-            done = executed.get(c['id'])
-            same = done and ''.join(done['source']) == ''.join(c['source'])
-            c['outputs'] = [_plain(o) for o in done['outputs'] if o.get('name') != 'stderr'] if same else []
-        size = lambda o: len(json.dumps(o))
-        while sum(size(o) for c in book['cells'] for o in c.get('outputs', [])) > limit:
-            cell, i = max(((c, i) for c in book['cells'] for i in range(len(c.get('outputs', [])))), key=lambda ci: size(ci[0]['outputs'][ci[1]]))
-            del cell['outputs'][i]
-            print(f'{path.name}: an output of cell {cell["id"]} is too large for git and was left out', file=out)
-        write_atomic(target, json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + '\n')       # as nbdev_clean writes it
-
-def _smaller(png):
-    "A base64 PNG with a palette of 64 colours, if that is smaller; what is no picture stays as it is."
-    import base64, io
-    from PIL import Image
-    small = io.BytesIO()
-    with contextlib.suppress(OSError, ValueError): Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(64, Image.Quantize.MAXCOVERAGE).save(small, 'PNG', optimize=True)
-    return min(png, base64.b64encode(small.getvalue()).decode() or png, key=len)
-
-def _plain(o):
-    "An output without execution counts, metadata and live widgets."
-    o = {k: v for k, v in o.items() if k != 'execution_count'}
-    if o['output_type'] == 'execute_result': o = {**o, 'execution_count': None}
-    if 'metadata' in o: o['metadata'] = {}
-    if 'image/png' in o.get('data', {}): o = {**o, 'data': {**o['data'], 'image/png': _smaller(o['data']['image/png'])}}
-    if 'text/html' in o.get('data', {}): o['data'] = {k: v for k, v in o['data'].items() if not k.startswith('application/vnd.jupyter.widget')}    # the page twin needs no kernel
-    return o
-
-# %% ../nbs/91_book.ipynb #ship
-def ship(run, name, to='pretrained', out=sys.stdout):
-    "Copy the model `name` of a run to `to/name/` with the metrics of the chapter that made it and a card; returns the folder."
-    run, index = Path(run), read_json(Path(run) / 'artifacts' / 'index.json', {})
-    files = [f for f in index if f.startswith(f'{name}/')]
-    models = sorted({f.split('/')[0] for f in index if f.endswith('/config.json')})
-    require(files, f'{run} holds no model {name!r}: expected one of {", ".join(models) or "those that a finished chapter saved"}')
-    chapter = index[files[0]]['chapter']
-    require((run / 'stages' / f'{chapter}.json').exists(), f'chapter {chapter}, which makes {name}, is not finished in {run}: run it to its end first')
-    check_files(run, chapter, {f'artifacts/{f}': index[f]['sha256'] for f in files})
-    folder = Path(to) / name
-    for f in files:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(to) / f, (run / 'artifacts' / f).read_bytes())
-    write_atomic(folder / 'metrics.jsonl', (run / 'metrics' / f'{chapter}.jsonl').read_bytes())
-    write_atomic(folder / 'README.md', model_card(run, name, chapter))
-    print(f'{name} of {run}: {sum((Path(to) / f).stat().st_size for f in files) / 1e6:.1f} MB in {folder}', file=out)
-    return folder
-
-def model_card(run, name, chapter):
-    "Markdown: how to load a model, where it comes from, what its chapter measured."
-    from atari_hrvq.core import Table
-    rows = [json.loads(line) for line in (run / 'metrics' / f'{chapter}.jsonl').read_text().splitlines()]
-    config, made, took, manifest = (read_json(run / p, {}) for p in (f'artifacts/{name}/config.json', 'run.json', f'stages/{chapter}.json', 'manifest.json'))
-    machine, with_ = manifest.get('hardware') or hardware(), manifest.get('versions') or versions()          # a run of plain papermill has no manifest
-    number = lambda r, k: f'{r[k]:.4g}' if r.get(k) is not None else ''
-    figures = [{'figure': r['name'], 'game': r.get('game', 'all'), 'value': number(r, 'value'), 'interval': f'{number(r, "lo")} to {number(r, "hi")}' if 'lo' in r else '', 'null': number(r, 'null'), 'frames': r.get('frames'), 'note': r.get('note')}
-               for r in rows if 'name' in r]
-    return f"""# {name}
-
-    from atari_hrvq.{module_of(config['class'])} import {config['class']}
-    model = {config['class']}.from_pretrained('pretrained/{name}')
-
-Made by chapter `{chapter}` at profile `{made['profile']}`, games {', '.join(made['games'])}, seed {made['seed']} (one seed), in {clock(took['seconds'])} on
-{machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}; torch {with_['torch']}, ale-py {with_['ale-py']}.
-Weights and configuration load without pickle. `metrics.jsonl` holds every figure and learning curve of the chapter; those below are what the same run measured, on held-out episodes.
-
-{Table(figures)._repr_markdown_()}
-"""
-
-def module_of(name):
-    "The module of this package that defines the class `name`."
-    for path in sorted(Path(atari_hrvq.__file__).parent.glob('*.py')):
-        if f'class {name}(' in path.read_text(): return path.stem
-    raise BookError(f'no module of this package defines {name}: expected a class that a chapter exports')
-
 # %% ../nbs/91_book.ipynb #status
 def status_table(run):
     "A `Table` of a run's stages: state, key, time, memory."
@@ -420,84 +336,3 @@ def read_claims(run):
     table = read_json(Path(run) / 'claims.json', [])
     require(table, f'{run} has no claims.json: run chapter 12_claims first (atari-hrvq run --run {run})')
     return table
-
-# %% ../nbs/91_book.ipynb #parser
-BENCHES = ('frames', 'encoder', 'quantizer', 'dream')
-
-class Parser(argparse.ArgumentParser):
-    "An `ArgumentParser` whose mistakes are `BookError`s."
-    def error(self, message): raise BookError(f'{message}: see {self.prog} --help')
-
-def parser():
-    p = Parser('atari-hrvq', description='Run, inspect and measure the book.')
-    p.add_argument('--version', action='version', version=metadata.version('atari-hrvq'))
-    sub = p.add_subparsers(dest='command', required=True)
-    r = sub.add_parser('run', help='run the chapters into a folder', description='Run the chapters into a folder; finished ones are skipped, an interrupted one goes on where it was.')
-    r.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
-    r.add_argument('--profile', default='laptop', help=f'budget: {", ".join(PROFILES)} (default: %(default)s)')
-    r.add_argument('--games', default=','.join(GAMES), help='comma-separated (default: %(default)s)')
-    r.add_argument('--seed', type=int, default=0, help='default: %(default)s')
-    r.add_argument('--from', dest='first', metavar='CH', help='run from this chapter on, finished or not (04, hrvq or 04_hrvq)')
-    r.add_argument('--to', dest='last', metavar='CH', help='stop after this chapter')
-    s = sub.add_parser('status', help='what a run has done'); s.add_argument('run', help='the run folder')
-    c = sub.add_parser('claims', help='the ledger of a run'); c.add_argument('run', help='the run folder'); c.add_argument('--json', action='store_true', help='as JSON')
-    b = sub.add_parser('bench', help='measure speed'); b.add_argument('name', nargs='?', help=f'one of {", ".join(BENCHES)} (default: all)'); b.add_argument('--json', metavar='FILE', help='also write the rows there')
-    o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
-    w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, world or agent')
-    w.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)'); w.add_argument('--to', default='pretrained', help='default: %(default)s')
-    y = sub.add_parser('play', help='play inside the world model of a run, in the browser'); y.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
-    y.add_argument('--game', help='the game to begin with (default: the first of the run)'); y.add_argument('--port', type=int, default=0, help='on 127.0.0.1 (default: any that is free)'); y.add_argument('--no-browser', action='store_true', help='print the address only')
-    return p
-
-# %% ../nbs/91_book.ipynb #commands
-def command_run(a):
-    run_chain(a.run, a.profile, a.games, a.seed, a.first, a.last)
-    names = [s.name for s in STAGES]
-    if not a.last or names.index(find_stage(a.last)) >= names.index('12_claims'):
-        from atari_hrvq.claims import show_claims
-        print(show_claims(read_claims(a.run)))
-    print(f'executed notebooks: {Path(a.run) / "notebooks"}')
-
-def command_status(a): print(status_table(a.run))
-
-def command_claims(a):
-    from atari_hrvq.claims import show_claims
-    table = read_claims(a.run)
-    print(json.dumps(table, indent=1) if a.json else show_claims(table))
-
-def command_bench(a):
-    if a.name: choices('benchmark', a.name, BENCHES)
-    os.environ['IN_TEST'] = '1'                                   # no progress bars inside what is timed
-    from atari_hrvq import bench
-    from atari_hrvq.core import Table
-    rows = [row for name in ([a.name] if a.name else BENCHES) for row in bench.BENCHES[name]()]
-    if a.json: write_json(a.json, rows)
-    print(Table(rows, digits=2))
-
-def command_outputs(a): store_outputs(a.run)
-
-def command_ship(a): ship(a.run, a.name, a.to)
-
-def command_play(a):
-    from atari_hrvq.explore import play
-    play(a.run, a.game, a.port, not a.no_browser)
-
-# %% ../nbs/91_book.ipynb #main
-def main(arguments=None):
-    "The entry point of `atari-hrvq`; returns the exit code."
-    def say(text, code): print(f'atari-hrvq: {text}', file=sys.stderr); return code
-    def stop(*_): raise KeyboardInterrupt
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)} if main_thread else {}      # also where the shell ignores SIGINT for background jobs
-    a = None
-    try:
-        a = parser().parse_args(arguments)
-        globals()[f'command_{a.command}'](a)
-    except BookError as e: return say(e, 2)
-    except StageFailed as e: return say(e, 1)
-    except BrokenPipeError: return 0
-    except OSError as e: return say(f'{e.strerror or e}{f": {e.filename}" if e.filename else ""}; nothing was finished, check the space and the permissions there', 2)
-    except KeyboardInterrupt: return say(f'stopped; run the same command again{" without --from" if getattr(a, "first", None) else ""} to go on', 130)
-    finally:
-        for n, handler in before.items(): signal.signal(n, handler or signal.SIG_DFL)
-    return 0

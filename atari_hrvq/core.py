@@ -14,12 +14,12 @@ import safetensors.torch as st
 from tqdm.std import tqdm
 
 # %% auto #0
-__all__ = ['PROFILES', 'GAMES', 'monitor', 'MAKERS', 'BookError', 'require', 'choices', 'pick', 'parse_games', 'derive',
-           'rng_for', 'seed_all', 'best_device', 'precision', 'count_parameters', 'pack', 'unpack', 'write_atomic',
-           'write_json', 'save_tree', 'load_tree', 'file_hash', 'Pretrained', 'load_weights', 'progress', 'Monitor',
-           'FitConfig', 'learning_rate', 'make_adamw', 'fit', 'fingerprint', 'save_checkpoint', 'load_checkpoint',
-           'plot_history', 'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number',
-           'Table', 'bootstrap_mean']
+__all__ = ['PROFILES', 'GAMES', 'monitor', 'MAKERS', 'SHIPPED', 'BookError', 'require', 'choices', 'pick', 'parse_games',
+           'derive', 'rng_for', 'seed_all', 'best_device', 'precision', 'count_parameters', 'pack', 'unpack',
+           'write_atomic', 'write_json', 'save_tree', 'load_tree', 'file_hash', 'Pretrained', 'load_weights',
+           'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw', 'fit', 'fingerprint', 'save_checkpoint',
+           'load_checkpoint', 'plot_history', 'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics',
+           'clean_number', 'Table', 'bootstrap_mean']
 
 # %% ../nbs/00_core.ipynb #errors
 class BookError(Exception):
@@ -150,13 +150,14 @@ def file_hash(path):
 class Pretrained(torch.nn.Module):
     """A module built from one config dataclass (class attribute `Config`, instance attribute `config`).
 
-    `save_pretrained(folder)` writes `config.json` and `model.safetensors`; `from_pretrained(folder_or_hub_id)`
-    reads them. Weights load without pickle; a shape or name that does not fit is one sentence."""
+    `save_pretrained(folder, dtype)` writes `config.json` and `model.safetensors` (`dtype` torch.float16 halves the file; what does
+    not fit into it stays as it is); `from_pretrained(folder_or_hub_id)` reads them. Weights load without pickle; a shape or name that does not fit is one sentence."""
     Config = None
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, dtype=None):
         folder = Path(folder)
-        state = {k: v.detach().cpu().clone().contiguous() for k, v in self.state_dict().items()}
+        fits = lambda v: dtype and v.is_floating_point() and v.numel() and v.abs().max() < torch.finfo(dtype).max
+        state = {k: v.detach().cpu().to(dtype if fits(v) else v.dtype, copy=True).contiguous() for k, v in self.state_dict().items()}
         write_atomic(folder / 'model.safetensors', st.save(state))
         write_json(folder / 'config.json', {'class': type(self).__name__, **asdict(self.config)})
         return folder
@@ -349,6 +350,8 @@ def plot_history(history, keys=('loss',), ax=None, log=True):
 MAKERS = {'frames': '01_frames', 'encoder': '02_encoder', 'vq': '03_vq', 'tokenizer': '04_hrvq', 'shared': '05_shared', 'moe': '06_moe',
           'world': '07_world', 'dream': '08_dream', 'ppo': '09_ppo', 'agent': '10_agent', 'scores': '11_evaluate'}
 
+SHIPPED = {'encoder': 'encoder', 'tokenizer': 'three-games/tokenizer', 'world': 'three-games/world', 'agent': 'three-games'}
+
 def repo_path(path):
     "`path` as it is if absolute; otherwise below the folder that holds `settings.ini` when called from `nbs/`, else below here."
     path, here = Path(path), Path.cwd()
@@ -369,20 +372,23 @@ def injected_parameters():
 class Stage:
     """One chapter's view of a run folder.
 
-    `chapter`: the notebook's name. `run`: the folder. `profile`, `games`, `seed`: the run's configuration, the same for
-    every chapter of it. Metrics are kept in memory and written by `done()`, so an interrupted chapter leaves none."""
-    parameters = ('run', 'profile', 'games', 'seed')
+    `chapter`: the notebook's name. `run`: the folder. `profile`, `games`, `seed`, `start`: the run's configuration, the same for
+    every chapter of it; `start` is 'scratch' or 'pretrained' (train on from the shipped weights), None takes the run's own.
+    Metrics are kept in memory and written by `done()`, so an interrupted chapter leaves none."""
+    parameters = ('run', 'profile', 'games', 'seed', 'start')
 
-    def __init__(self, chapter, run, profile, games, seed):
+    def __init__(self, chapter, run, profile, games, seed, start=None):
         for name in injected_parameters(): choices(f'parameter of {chapter}', name, self.parameters)
         choices('profile', profile, PROFILES)
         require(isinstance(seed, int) and seed >= 0, f'seed {seed!r} is not a whole number from 0 on')
         self.chapter, self.profile, self.games, self.seed = chapter, profile, parse_games(games), seed
         self.folder, self.rows, self.device, self.began = repo_path(run), [], best_device(), time.time()
-        self.config = {'profile': profile, 'games': list(self.games), 'seed': seed}
         config_path = self.folder / 'run.json'
-        if config_path.exists():
-            made = read_json(config_path)
+        made = {'start': 'scratch', **read_json(config_path)} if config_path.exists() else {}
+        self.start = start or made.get('start', 'scratch')
+        choices('start', self.start, ('scratch', 'pretrained'))
+        self.config = {'profile': profile, 'games': list(self.games), 'seed': seed, 'start': self.start}
+        if made:
             require(made == self.config, f'{self.folder} was made by another configuration ({made}), not {self.config}: choose another run folder')
         else: write_json(config_path, self.config)
         self.pick = lambda **by: pick(profile, **by)
@@ -415,6 +421,20 @@ class Stage:
             require(self.path(file).exists(), f'{self.path(file)} is missing: run chapter {entry["chapter"]} again (atari-hrvq run --run {self.folder} --from {entry["chapter"]})')
             require(file_hash(self.path(file)) == entry['sha256'], f'{self.path(file)} was altered or cut short since chapter {entry["chapter"]} wrote it: run that chapter again (atari-hrvq run --run {self.folder} --from {entry["chapter"]})')
         return cls.from_pretrained(self.path(name), self.device) if cls else load_tree(self.path(f'{name}.safetensors'))
+
+    def shipped(self, name, cls, root='pretrained'):
+        "The weights `name` that the book ships, to train on from, if the run starts from 'pretrained'; else None."
+        if self.start == 'scratch': return None
+        folder = repo_path(root) / SHIPPED[name]
+        require(folder.exists(), f'{folder} does not exist, so {self.chapter} cannot start from shipped weights: run with start=scratch')
+        model = cls.from_pretrained(folder, self.device)
+        known = model.config.games if hasattr(model, 'config') else model.games
+        require(tuple(known) == self.games, f'the shipped {name} was trained on {", ".join(known)}, in this order, and the run asks for {", ".join(self.games)}: choose the same games or start=scratch')
+        return model
+
+    def rate(self, lr):
+        "A learning rate: `lr` from scratch, a fifth of it for shipped weights, which are not to be shaken."
+        return lr if self.start == 'scratch' else lr / 5
 
     def metric(self, name, value, *, lo=None, hi=None, null=None, claim=None, game=None, frames=None, seeds=1, cell=None, note=None):
         """Record one measurement: `value` with its interval `[lo, hi]`, beside the `null` that shows what it is worth.

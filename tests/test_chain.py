@@ -1,4 +1,4 @@
-"""book: the chain runs, skips, resumes after a kill to the last bit, stops on request, and answers every mistake with one sentence."""
+"""book, cli: the chain runs, skips, resumes after a kill to the last bit, stops on request, and answers every mistake with one sentence."""
 import errno
 import json
 import os
@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from conftest import BIN, ENV, ROOT
-from atari_hrvq import book
+from atari_hrvq import book, cli, publish
 from atari_hrvq.claims import CLAIMS, ledger
 from atari_hrvq.core import BookError, load_tree, write_json
 
@@ -27,7 +27,7 @@ def shell(*arguments, **more):
 
 def sentence(capsys, arguments, expected, code=2):
     "`main(arguments)` must end with `code` and say one line on standard error that matches `expected`."
-    assert book.main([str(a) for a in arguments]) == code
+    assert cli.main([str(a) for a in arguments]) == code
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1 and re.search(expected, err[0]), err
     assert 'Traceback' not in err[0]
@@ -96,9 +96,9 @@ def test_disk_full_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
     assert (tmp_path / 'manifest.json').read_bytes() == before and not list(tmp_path.rglob('*.tmp'))
 
 
-@pytest.mark.parametrize('command', [[], ['run'], ['status'], ['claims'], ['bench'], ['outputs'], ['ship']])
+@pytest.mark.parametrize('command', [[], ['run'], ['status'], ['claims'], ['bench'], ['outputs'], ['ship'], ['play']])
 def test_help_everywhere(command, capsys):
-    with pytest.raises(SystemExit) as e: book.main([*command, '--help'])
+    with pytest.raises(SystemExit) as e: cli.main([*command, '--help'])
     assert e.value.code == 0 and 'usage: atari-hrvq' in capsys.readouterr().out
 
 
@@ -126,7 +126,7 @@ WRITE = "import json, pathlib\np = pathlib.Path(run) / 'stages' / '01_frames.jso
     ('pass', ['parameters'], 2, '01_frames ran with nothing instead of')], ids=['book-error', 'other-error', 'kernel-dies', 'no-parameters-cell', 'other-parameters', 'nothing-written'])
 def test_what_a_chapter_can_do(body, tags, code, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(book, 'repo_root', lambda: small_book(tmp_path / 'book', body, tags))
-    assert book.main(['run', '--run', str(tmp_path / 'r'), '--profile', 'smoke', '--games', 'pong', '--to', '01']) == code
+    assert cli.main(['run', '--run', str(tmp_path / 'r'), '--profile', 'smoke', '--games', 'pong', '--to', '01']) == code
     err = capsys.readouterr().err.strip().splitlines()
     assert re.search(expected, err[-1]) and not any('Traceback' in line for line in err), err
     assert json.loads((tmp_path / 'r' / 'manifest.json').read_text())['stages']['01_frames']['state'] == 'failed'
@@ -206,8 +206,8 @@ def test_outputs_that_are_copied(tmp_path, monkeypatch):
                                   v4.new_code_cell('x = 1', id=ids[1], execution_count=7, outputs=[output({'image/png': 'A' * 300_000}), output({'text/plain': 'kept'}), v4.new_output('stream', name='stderr', text='noise')])])
     (tmp_path / 'r' / 'notebooks').mkdir(parents=True)
     nbformat.write(done, tmp_path / 'r' / 'notebooks' / '01_frames.ipynb')
-    monkeypatch.setattr(book, 'repo_root', lambda: root)
-    book.store_outputs(tmp_path / 'r')
+    monkeypatch.setattr(publish, 'repo_root', lambda: root)
+    publish.store_outputs(tmp_path / 'r')
     first, second = json.loads(path.read_text())['cells']
     assert first['outputs'] == [] and [''.join(o['data']['text/plain']) for o in second['outputs']] == ['kept'] and second['execution_count'] is None and second['outputs'][0]['metadata'] == {}
 
@@ -271,7 +271,7 @@ def test_damaged_artefacts_are_named(copy, capsys, file, chapter):
     altered = bytearray(whole); altered[-2] ^= 1
     for damaged, expected in ((whole[:-9], 'was altered or cut short'), (bytes(altered), 'was altered or cut short'), (None, 'is missing')):
         path.unlink() if damaged is None else path.write_bytes(damaged)
-        assert book.main(['run', '--run', str(copy), '--profile', 'smoke']) == 2
+        assert cli.main(['run', '--run', str(copy), '--profile', 'smoke']) == 2
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert str(path) in last and expected in last and f'--from {chapter}' in last
         path.write_bytes(whole)
@@ -309,8 +309,8 @@ def test_kill_and_resume_is_bitwise(copy, chapter, checkpoint):
 def test_outputs_are_copied_clean(smoke, tmp_path, monkeypatch):
     from conftest import copy_book
     checkout = copy_book(tmp_path / 'book')
-    monkeypatch.setattr(book, 'repo_root', lambda: checkout)
-    book.store_outputs(smoke)
+    monkeypatch.setattr(publish, 'repo_root', lambda: checkout)
+    publish.store_outputs(smoke)
     before = {p.name: p.read_bytes() for p in (checkout / 'nbs').glob('*.ipynb')}
     assert any(c['outputs'] for c in json.loads(before['01_frames.ipynb'])['cells'] if c['cell_type'] == 'code')
     for name, data in before.items():
@@ -327,7 +327,7 @@ def test_book_error_is_the_one_of_core():
 
 def test_ship_copies_weights_with_a_card_of_measured_figures(smoke, tmp_path, capsys):
     from atari_hrvq.encoder import Encoder
-    assert book.main(['ship', 'encoder', '--run', str(smoke), '--to', str(tmp_path)]) == 0
+    assert cli.main(['ship', 'encoder', '--run', str(smoke), '--to', str(tmp_path)]) == 0
     there, here = (Encoder.from_pretrained(f).state_dict() for f in (smoke / 'artifacts' / 'encoder', tmp_path / 'encoder'))
     assert all(torch.equal(v, here[k]) for k, v in there.items())
     card = (tmp_path / 'encoder' / 'README.md').read_text()

@@ -1,0 +1,92 @@
+"""pretrained: half precision, hashes, the stored dream, and folders that are not what they say."""
+import shutil
+import pytest
+import torch
+from atari_hrvq.agent import Agent
+from atari_hrvq.core import BookError
+from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
+from atari_hrvq.pretrained import dream_of, pack, score, verify
+from atari_hrvq.world import WorldModel
+
+SMALL = dict(dim=32, heads=2, experts=(1, 2), windows=(4, 8), hidden=32, shared_hidden=8, cell_hidden=16)
+CONTEXTS = torch.randint(0, 256, (3, 4, 1, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)), torch.zeros(3, 3, dtype=torch.long), torch.zeros(3, dtype=torch.long)
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(TokenizerConfig(games=('pong',), grid=1)).eval()
+    for q in tokenizer.quantizer.levels: q.codebook.normal_(); q.count.fill_(1e5); q.total.copy_(q.codebook * 1e5); q.started.fill_(True)       # counts do not fit into half precision
+    return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer, **SMALL), hidden=16, context=4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pack(make(), tmp_path / 'toy', CONTEXTS, {'pong': {'mean': -20., 'lo': -21., 'hi': -19., 'episodes': 30}}, {'profile': 'none'}, steps=5)
+    return tmp_path / 'toy'
+
+
+def test_a_folder_verifies_and_is_half_as_large(folder, tmp_path):
+    assert all(r['ok'] for r in verify(folder)) and verify(folder)[-1]['result'].startswith('bit for bit')
+    make().save_pretrained(tmp_path / 'whole')
+    for part in ('tokenizer', 'world', 'policy'):
+        half, whole = ((f / part / 'model.safetensors').stat().st_size for f in (folder, tmp_path / 'whole'))
+        assert half < .56 * whole
+    agent = Agent.from_pretrained(folder)
+    assert all(torch.isfinite(v).all() for m in (agent.tokenizer, agent.world, agent.policy) for v in m.state_dict().values() if v.is_floating_point())
+    assert next(agent.world.parameters()).dtype == torch.float32
+
+
+def test_the_dream_follows_from_weights_and_seed(folder):
+    agent = Agent.from_pretrained(folder)
+    one, again, other = (dream_of(agent, *CONTEXTS, 5, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(one[k], again[k]) for k in one) and not torch.equal(one['codes'], other['codes'])
+    agent.world.heads.free[0][2].weight.data.normal_()
+    assert not torch.equal(one['codes'], dream_of(agent, *CONTEXTS, 5, 0)['codes'])
+
+
+def test_a_new_dream_that_differs_is_told(folder):
+    "The manifest is right but the weights are not those that dreamt."
+    from atari_hrvq.core import file_hash, read_json, write_json
+    pack(make(3), folder.with_name('three'), CONTEXTS, {}, {}, steps=5)
+    shutil.copy(folder / 'dream.safetensors', folder.with_name('three') / 'dream.safetensors')
+    manifest = read_json(folder.with_name('three') / 'manifest.json')
+    manifest['files']['dream.safetensors'] = file_hash(folder / 'dream.safetensors')
+    write_json(folder.with_name('three') / 'manifest.json', manifest)
+    rows = verify(folder.with_name('three'))
+    assert [r['ok'] for r in rows][-1] is False and 'of the codes differ' in rows[-1]['result']
+
+
+def test_files_cut_short_or_missing_are_named_and_nothing_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(Agent, 'from_pretrained', lambda *a: pytest.fail('loaded a folder that is not whole'))
+    weights = folder / 'world' / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert [r['check'] for r in verify(folder) if not r['ok']] == ['world/model.safetensors']
+    weights.unlink()
+    assert [r['result'] for r in verify(folder) if not r['ok']] == ['missing']
+
+
+@pytest.mark.parametrize('part, sentence', [('tokenizer', 'tokens of tokenizer'), ('world/model.safetensors', 'damaged')])
+def test_a_folder_put_together_wrongly_is_refused(folder, part, sentence):
+    if part == 'tokenizer': make(5).tokenizer.save_pretrained(folder / part)
+    else: (folder / part).write_bytes((folder / part).read_bytes()[:500])
+    with pytest.raises(BookError, match=sentence): Agent.from_pretrained(folder)
+
+
+def test_unknown_games_and_folders_are_one_sentence(folder, tmp_path):
+    with pytest.raises(BookError, match="do not know 'breakout': expected one of pong"): score(folder, 'breakout', 1)
+    with pytest.raises(BookError, match='no manifest.json'): verify(tmp_path)
+    with pytest.raises(BookError, match="scores name 'breakout'"): pack(make(), tmp_path / 'x', CONTEXTS, {'breakout': {}}, {})
+    assert not (tmp_path / 'x').exists()
+
+
+def test_scores_stand_beside_random_play_and_what_was_shipped(folder):
+    rows = score(folder, 'pong', 2, max_steps=30)
+    assert [r['player'] for r in rows] == ['toy', 'random play', 'as shipped']
+    assert all(r['cut short'] == 2 and r['agent steps'] == 60 and r['frames'] == 240 for r in rows[:2]) and rows[2]['mean'] == -20.
+
+
+def test_packing_again_replaces_the_folder(folder):
+    before = Agent.from_pretrained(folder).tokenizer.hash()
+    (folder / 'stray').write_text('old')
+    pack(make(7), folder, CONTEXTS, {}, {}, steps=5)
+    assert not (folder / 'stray').exists() and Agent.from_pretrained(folder).tokenizer.hash() != before and all(r['ok'] for r in verify(folder))

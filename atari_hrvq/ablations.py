@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from .core import require
 from .frames import ACTIONS
-from .world import Block, RewardHead, Step, WorldConfig, WorldOutput, choose, rope_angles
+from .world import Block, RewardHead, Step, WorldConfig, WorldOutput, advance, choose, fill_rings, rope_angles, uniform
 
 # %% auto #0
 __all__ = ['FlatCache', 'FlatWorld', 'arm_options']
@@ -18,10 +18,10 @@ __all__ = ['FlatCache', 'FlatWorld', 'arm_options']
 # %% ../nbs/A2_ablations.ipynb #flat
 @dataclass
 class FlatCache:
-    "Keys and values of each layer, tokens so far, the last token's embedding that is not in them yet [B, 1, D], the codes [B, P, L] and the game [B]."
-    layers: list
-    length: int
-    pending: torch.Tensor
+    "State of B dreams: rings of keys and values as in `Cache`, tokens and actions so far [B] and at least, current codes [B, P, L], game [B]."
+    rings: list
+    age: torch.Tensor
+    least: int
     codes: torch.Tensor
     game: torch.Tensor
 
@@ -47,10 +47,16 @@ class FlatWorld(nn.Module):
         "[B, T, P * L, D]: cells one after the other, the levels of each together."
         return self.code(codes_BTPL.flatten(-2).long() + self.offset) + self.place[:-1] + self.game(game_B)[:, None, None]
 
-    def trunk(self, x, at=0, layers=None):
-        now = torch.arange(at, at + x.shape[1], device=x.device); angles = rope_angles(now, self.config.dim // self.config.heads)
-        for i, block in enumerate(self.blocks): x, _ = block(x, now, angles, at, None if layers is None else layers[i], report=False)
+    def trunk(self, x, keep=None):
+        now = torch.arange(x.shape[1], device=x.device); angles, gap = rope_angles(now, self.config.dim // self.config.heads), now[:, None] - now
+        for block in self.blocks: x, _ = block(x, angles, (gap >= 0) & (gap < block.window), report=False, keep=keep)
         return self.norm(x)
+
+    def push(self, cache, x_BD):
+        "Append one token or action to the dreams: the state [B, D] that has seen it."
+        h = self.norm(advance(self.blocks, cache.rings, x_BD[:, None], cache.age, [cache.least >= b.window - 1 for b in self.blocks]))[:, 0]
+        cache.age, cache.least = cache.age + 1, cache.least + 1
+        return h
 
     def forward(self, codes, actions, game, following):
         "Teacher-forced `WorldOutput` over the last `frames` frames of the window that fit; shapes as in `WorldModel`."
@@ -73,29 +79,23 @@ class FlatWorld(nn.Module):
         return sum(parts.values()), parts
 
     @torch.no_grad()
-    def start(self, codes, actions, game, capacity):
-        "A `FlatCache` from a context of C frames and the C - 1 actions between them, with room for `capacity` steps."
-        B, C = codes.shape[:2]; c, room = self.config, (capacity + 2) * (self.tokens + 1)
-        layers = [tuple(torch.zeros(B, c.heads, room, c.dim // c.heads, device=codes.device) for _ in range(2)) for _ in self.blocks]
-        frames = self.embed(codes, game)
+    def start(self, codes, actions, game):
+        "A `FlatCache` from a context of C frames and the C - 1 actions between them."
+        frames, kept = self.embed(codes, game), []
         acts = (self.act(actions) + self.place[-1] + self.game(game)[:, None])[:, :, None]
         x = torch.cat([torch.cat([frames[:, :-1], acts], 2).flatten(1, 2), frames[:, -1]], 1)
-        self.trunk(x[:, :-1], 0, layers)
-        return FlatCache(layers, x.shape[1] - 1, x[:, -1:], codes[:, -1].long(), game)
+        self.trunk(x, kept)
+        return FlatCache(fill_rings(self.blocks, kept), torch.full((len(codes),), x.shape[1], device=x.device), x.shape[1], codes[:, -1].long(), game)
 
     @torch.no_grad()
     def step(self, cache, action, temperature=(.5, 0., 0.), generator=None):
-        "One imagined step: P * L passes of one token each, after one of the action."
-        c, L = self.config, self.config.levels
-        x = torch.cat([cache.pending, (self.act(action) + self.place[-1] + self.game(cache.game))[:, None]], 1)
-        codes, first = [], None
+        "One imagined step: a pass for the action and one for each of P * L tokens."
+        c, L, codes = self.config, self.config.levels, []
+        h = first = self.push(cache, self.act(action) + self.place[-1] + self.game(cache.game))
         for i in range(self.tokens):
-            h = self.trunk(x, cache.length, cache.layers)[:, -1]
-            cache.length += x.shape[1]
-            first = h if first is None else first
-            codes.append(choose(self.head[i % L](h), temperature[i % L], generator))
-            x = (self.code(codes[-1] + (i % L) * c.codes) + self.place[i] + self.game(cache.game))[:, None]
-        cache.pending, cache.codes = x, torch.stack(codes, 1).unflatten(1, (-1, L))
+            codes.append(choose(self.head[i % L](h), temperature[i % L], uniform((len(h), 1), temperature[i % L], generator, h.device)))
+            h = self.push(cache, self.code(codes[-1] + (i % L) * c.codes) + self.place[i] + self.game(cache.game))
+        cache.codes = torch.stack(codes, 1).unflatten(1, (-1, L))
         sign, points = self.reward.expect(self.reward(first))
         return Step(cache.codes, sign, torch.sigmoid(self.proceed(first)[:, 0]), points)
 

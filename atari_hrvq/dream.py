@@ -86,8 +86,7 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         if len(rows):
             codes, actions, game = (x.to(self.device) for x in self.contexts(len(rows), self.rng))
             if mask is None or len(rows) == self.num_envs:
-                self.room = codes.shape[1] + max(64, self.horizon)
-                self.cache = self.world.start(codes, actions, game, self.room)
+                self.cache = self.world.start(codes, actions, game)
                 self.age, self.over = torch.zeros(self.num_envs, dtype=torch.long, device=self.device), torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
             else:
                 rows = rows.to(self.device)
@@ -102,7 +101,6 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         if not bool(legal.all()):
             row = int((~legal).nonzero()[0])
             raise BookError(f'action {int(actions[row])} is illegal in dream {row} ({self.world.config.games[int(self.cache.game[row])]}): choose by infos["action_mask"]')
-        if self.cache.length >= self.room: self._make_room()
         out = self.world.step(self.cache, actions, self.temperature, self.generator)
         self.age = self.age + 1
         alive = ~self.over
@@ -111,14 +109,6 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         reward = torch.where(alive, out.reward, torch.zeros_like(out.reward))
         self.over = self.over | terminated | truncated
         return self._observation(), *(self._out(x) for x in (reward, terminated, truncated)), self._info()
-
-    def _make_room(self):
-        "Drop the oldest steps of the cache that no window reaches; positions are relative, so nothing else changes."
-        keep = max(self.world.config.windows)
-        drop = self.cache.length - keep
-        require(drop > 0, f'a cache of {self.room} steps cannot hold a window of {keep}: raise the horizon')
-        for k, v in self.cache.layers: k[:, :, :keep], v[:, :, :keep] = self.world.turn(k[:, :, drop:drop + keep].clone(), -drop), v[:, :, drop:drop + keep].clone()
-        self.cache.length, self.cache.first = keep, (self.cache.first - drop).clamp(min=0)
 
     def _out(self, x): return x if self.tensors else x.cpu().numpy()
     def _observation(self): return self._out(observe(self.cache.history[:, -1], self.cache.history[:, -2], self.cache.hidden))
@@ -173,7 +163,7 @@ def open_loop(world, tokens, game, context, horizon, starts, temperature=(.5, 0.
     `codes[:, k]` belong to step `start + context + k`, the expected sign of the reward and the probability that the game goes on to the step before it."""
     device = next(world.parameters()).device
     at = torch.from_numpy(np.asarray(starts)[:, None] + np.arange(context))
-    cache = world.start(tokens.codes[at].to(device), tokens.actions[at[:, :-1]].to(device), torch.full((len(at),), game, device=device), context + horizon)
+    cache = world.start(tokens.codes[at].to(device), tokens.actions[at[:, :-1]].to(device), torch.full((len(at),), game, device=device))
     generator, out = torch.Generator().manual_seed(seed), []
     for k in range(horizon):
         s = world.step(cache, tokens.actions[at[:, -1] + k].to(device), temperature, generator)

@@ -238,7 +238,7 @@ class Dreamer:
         at = np.arange(i - self.context + 1, i + 1)
         codes = self.tokenizer.encode(torch.from_numpy(np.asarray(e.frames[at])[:, None])).to(self.device)
         self.world.eval()
-        self.cache = self.world.start(codes[None], torch.from_numpy(e.actions[at[:-1]])[None].to(self.device), torch.full((1,), self.index, device=self.device), self.context + self.capacity)
+        self.cache = self.world.start(codes[None], torch.from_numpy(e.actions[at[:-1]])[None].to(self.device), torch.full((1,), self.index, device=self.device))
         self.generator = torch.Generator().manual_seed(derive(seed, 'dream', self.game) % 2**62)
         self.error, self.still, self.over, self.real_over, self.taken, self.first = [], [], False, False, [], self.picture(self.cache.codes)
         return {'step': 0, 'origin': i, 'dream': self.first, 'real': frame, 'over': False, 'real_over': False}

@@ -100,7 +100,8 @@ class MixtureOfExperts(nn.Module):
         c = self.config
         affinity, choice, weight = self.route(x_ND)
         rows = x_ND if c.top_k == 1 else x_ND.repeat_interleave(c.top_k, 0)
-        if len(rows) <= 4 and not rows.is_cuda: y = torch.cat([swiglu(rows[i:i + 1], self.inner[e], self.outer[e]) for i, e in enumerate(choice.flatten().tolist())])   # sorting would take longer
+        if len(rows) <= 4 and torch.compiler.is_compiling(): y = swiglu(rows[:, None], self.inner[choice.flatten()], self.outer[choice.flatten()])[:, 0]      # no question to the tensor, so one graph
+        elif len(rows) <= 4 and not rows.is_cuda: y = torch.cat([swiglu(rows[i:i + 1], self.inner[e], self.outer[e]) for i, e in enumerate(choice.flatten().tolist())])   # sorting would take longer
         else: y = grouped(rows, choice.flatten(), self.inner, self.outer, grouped_kernel(x_ND))
         y = (y.view(len(x_ND), c.top_k, c.dim) * weight[..., None].to(y.dtype)).sum(1)
         if not (report or self.training): return y, None

@@ -4,7 +4,10 @@
 
 # %% ../nbs/07_world.ipynb #imports
 from __future__ import annotations
+import shutil
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MethodType
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -16,9 +19,9 @@ from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
-__all__ = ['Tokens', 'tokenise', 'token_batches', 'rope_angles', 'rotate', 'rope', 'RMSNorm', 'WorldConfig', 'Block',
-           'LevelHeads', 'choose', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'RewardHead', 'Contrast',
-           'WorldOutput', 'Cache', 'Step', 'WorldModel', 'token_accuracy', 'f1']
+__all__ = ['Tokens', 'tokenise', 'token_batches', 'rope_angles', 'frequencies', 'rotate', 'rope', 'RMSNorm', 'WorldConfig',
+           'Block', 'LevelHeads', 'choose', 'uniform', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'RewardHead',
+           'Contrast', 'WorldOutput', 'Cache', 'Step', 'WorldModel', 'fill_rings', 'advance', 'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -67,9 +70,11 @@ def token_batches(data, size, length, recent=None):
 # %% ../nbs/07_world.ipynb #rope
 def rope_angles(positions_T, width):
     "Cosines and sines [T, width / 2] of angles that grow with position (theta 10,000)."
-    half = width // 2
-    angle = positions_T[:, None].float() * 10_000. ** (-torch.arange(half, device=positions_T.device) / half)
+    angle = positions_T[:, None] * frequencies(width // 2, positions_T.device)
     return angle.cos(), angle.sin()
+
+@lru_cache
+def frequencies(n, device): return 10_000. ** (-torch.arange(n, device=device) / n)
 
 def rotate(x_BHTD, cos, sin):
     "Rotate pairs of channels of float [..., T, D] by the angles of `rope_angles`."
@@ -115,7 +120,7 @@ class WorldConfig:
 
 # %% ../nbs/07_world.ipynb #block
 class Block(nn.Module):
-    "Windowed attention and experts. `cache`: `(k, v)` float [B, H, S, D/H] that is filled in place at `at`."
+    "Windowed attention and experts: float [B, T, D] -> the same shape, and what the experts report."
     def __init__(self, c, layer):
         super().__init__()
         self.heads, self.window = c.heads, c.windows[layer]
@@ -125,23 +130,19 @@ class Block(nn.Module):
         n = c.experts[layer]
         self.experts = MixtureOfExperts(MoEConfig(c.dim, c.hidden, n, top_k=min(c.top_k, n), shared_hidden=c.shared_hidden if n > 1 else 0))
 
-    def forward(self, x_BTD, now_T, angles, at=0, cache=None, first=None, report=True):
-        "`now_T`: the steps `at`, `at` + 1, ...; `angles`: their `rope_angles`. Both are the same for all layers."
+    def forward(self, x_BTD, angles, mask, ring=None, slot=None, report=True, keep=None):
+        """`angles`: `rope_angles` of the T steps. `mask` bool: which step sees which, [T, T]; `keep`: a list that gets the keys and values [B, H, T, D/H].
+
+        In a dream T is 1 and `ring` holds the keys and values [B, H, window, D/H] of the last steps. The new ones are written in place at `slot`
+        int64 [B, 1, 1, 1]; `mask` [B, 1, 1, window] then says which slots are filled (None: all)."""
         B, T, D = x_BTD.shape
         qkv = self.qkv(self.norm1(x_BTD)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.norm_qk(qkv[:2]), *angles)
-        v = qkv[2]
-        now = then = now_T
-        if cache is not None:
-            cache[0][:, :, at:at + T], cache[1][:, :, at:at + T] = k, v
-            low = max(0, at - self.window + 1)
-            k, v, then = cache[0][:, :, low:at + T], cache[1][:, :, low:at + T], torch.arange(low, at + T, device=x_BTD.device)
-        mask = None
-        if T > 1:
-            gap = now[:, None] - then[None, :]
-            mask = (gap >= 0) & (gap < self.window)
-        if first is not None: valid = then >= first[:, None, None, None]; mask = valid if mask is None else mask & valid
-        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
+        (q, k), v = rotate(self.norm_qk(qkv[:2]), *angles), qkv[2]
+        if keep is not None: keep.append((k, v))
+        if ring is not None:
+            at = slot.expand(B, self.heads, 1, k.shape[-1])
+            k, v = (old.scatter_(2, at, new.to(old.dtype)).to(q.dtype) for old, new in zip(ring, (k, v), strict=True))
+        y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask)
         x_BTD = x_BTD + self.out(y.transpose(1, 2).reshape(B, T, D))
         y, aux = self.experts(self.norm2(x_BTD), report)
         return x_BTD + y, aux
@@ -211,21 +212,24 @@ class LevelHeads(nn.Module):
             if l + 1 < self.config.levels: f, z = self.given(l, f, z, codes_NPL[..., l])
         return out
 
-    def sample(self, h_ND, history_N, temperature, generator=None):
-        "int64 [N, P, L]; `temperature`: one a level, 0 for the most likely code."
+    def sample(self, h_ND, history_N, temperature, draws):
+        "int64 [N, P, L]; `temperature`: one a level, 0 for the most likely code; `draws`: one a level, see `choose`."
         f, z, codes = self.features(h_ND, history_N), history_N[:, -1], []
         for l in range(self.config.levels):
             logits, z = self.level(l, f, z)
-            codes.append(choose(logits, temperature[l], generator))
+            codes.append(choose(logits, temperature[l], draws[l]))
             if l + 1 < self.config.levels: f, z = self.given(l, f, z, codes[-1])
         return torch.stack(codes, -1)
 
-def choose(logits, temperature, generator=None):
-    "Sample from `softmax(logits / temperature)` by inverting the cumulative distribution; argmax at temperature 0."
+def choose(logits, temperature, draw):
+    "Sample from `softmax(logits / temperature)` by inverting the cumulative distribution at `draw`, uniform [..., 1]; argmax at temperature 0."
     if temperature == 0: return logits.max(-1).indices
     p = (logits.float() / temperature).softmax(-1).cumsum(-1)
-    u = torch.rand(p.shape[:-1] + (1,), generator=generator, device=p.device if generator is None else generator.device).to(p.device)
-    return (p < u * p[..., -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
+    return (p < draw * p[..., -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
+
+def uniform(shape, temperature, generator, device):
+    "What `choose` needs at `temperature`: numbers of `generator`, or None at temperature 0."
+    return None if temperature == 0 else torch.rand(shape, generator=generator, device=device if generator is None else generator.device).to(device)
 
 # %% ../nbs/07_world.ipynb #reward
 def symlog(x): return x.sign() * x.abs().log1p()
@@ -311,15 +315,14 @@ class WorldOutput(NamedTuple):
 
 @dataclass
 class Cache:
-    "State of B dreams: keys and values of each layer, steps so far, first valid slot [B], current codes [B, P, L], recent cell vectors [B, history, P, cell_dim], hidden [B, D], game [B]."
-    layers: list
-    length: int
-    first: torch.Tensor
-    codes: torch.Tensor
-    history: torch.Tensor
-    hidden: torch.Tensor
-    game: torch.Tensor
-    mixed: bool = False        # whether rows began at different slots, so that attention needs a mask
+    "State of B dreams; each row has an age of its own."
+    rings: list                # per layer: keys and values [B, H, window, D/H] of its last steps; step t lies in slot t mod window
+    age: torch.Tensor          # int64 [B]: steps that a row has seen
+    least: int                 # the age that no row is below
+    codes: torch.Tensor        # int64 [B, P, L]: the current frame's tokens
+    history: torch.Tensor      # [B, history, P, cell_dim]: cell vectors of the last frames
+    hidden: torch.Tensor       # [B, D]
+    game: torch.Tensor         # int64 [B]
 
 class Step(NamedTuple):
     codes: torch.Tensor        # int64 [B, P, L]: the next frame's tokens
@@ -368,18 +371,16 @@ class WorldModel(Pretrained):
         codes = codes.long()
         return sum(self.heads.codebook[l][codes[..., l]] for l in range(self.config.levels))
 
-    def trunk(self, z_BTPD, actions_BT, game_B, at=0, layers=None, first=None, report=True):
-        x = self.see(z_BTPD.flatten(2)) + self.act(actions_BT) + self.game(game_B)[:, None]
-        now = torch.arange(at, at + x.shape[1], device=x.device)
-        angles, aux = rope_angles(now, self.config.dim // self.config.heads), []
-        for i, block in enumerate(self.blocks):
-            x, a = block(x, now, angles, at, None if layers is None else layers[i], first, report)
+    def embed(self, z_BTPD, actions_BT, game_B): return self.see(z_BTPD.flatten(2)) + self.act(actions_BT) + self.game(game_B)[:, None]
+
+    def trunk(self, z_BTPD, actions_BT, game_B, keep=None):
+        "States [B, T, D] of whole windows, and what the experts of each layer report; `keep`: a list for their keys and values."
+        x, now, aux = self.embed(z_BTPD, actions_BT, game_B), torch.arange(z_BTPD.shape[1], device=z_BTPD.device), []
+        angles, gap = rope_angles(now, self.config.dim // self.config.heads), now[:, None] - now
+        for block in self.blocks:
+            x, a = block(x, angles, (gap >= 0) & (gap < block.window), keep=keep)
             aux.append(a)
         return self.norm(x), aux
-
-    def turn(self, k_BHSD, by):
-        "Cached keys as if their steps had been `by` later: a rotation, since positions are relative."
-        return rope(k_BHSD, torch.full((k_BHSD.shape[2],), by, device=k_BHSD.device))
 
     def recent(self, z_BTPD):
         "[B, T, history, P, D]: cell vectors of the last frames up to each step; the first frame is repeated."
@@ -412,45 +413,71 @@ class WorldModel(Pretrained):
         share = torch.rand(len(codes), 1, 1, 1, device=codes.device) * self.config.corrupt
         return torch.where(torch.rand(codes.shape, device=codes.device) < share, codes[torch.randperm(len(codes), device=codes.device)], codes)
 
+# %% ../nbs/07_world.ipynb #rings
+def fill_rings(blocks, kept):
+    "Rings `(keys, values)` float [B, H, window, D/H] for each block from those of the first T steps, float [B, H, T, D/H]."
+    rings = []
+    for block, kv in zip(blocks, kept, strict=True):
+        w, steps = block.window, torch.arange(kv[0].shape[2], device=kv[0].device)
+        rings.append(tuple(x.new_zeros(*x.shape[:2], w, x.shape[3]).index_copy_(2, steps[-w:] % w, x[:, :, -w:]) for x in kv))
+    return rings
+
+def advance(blocks, rings, x_B1D, age_B, full):
+    "One new step of rows that have seen `age` steps through `blocks`; the rings change in place. `full`: for each block, whether its ring is known to be full in every row."
+    angles = [a[:, None, None] for a in rope_angles(age_B, x_B1D.shape[-1] // blocks[0].heads)]
+    for block, ring, all_filled in zip(blocks, rings, full, strict=True):
+        w = block.window
+        filled = None if all_filled else (torch.arange(w, device=age_B.device) <= age_B[:, None])[:, None, None]
+        x_B1D, _ = block(x_B1D, angles, filled, ring, (age_B % w)[:, None, None, None], report=False)
+    return x_B1D
+
 # %% ../nbs/07_world.ipynb #dreaming
-def _start(self, codes_BCPL, actions_BC1, game_B, capacity):
-    "A `Cache` from a context of C frames and the C - 1 actions between them, with room for `capacity` steps in all."
+@torch.no_grad()
+def _start(self, codes_BCPL, actions_BC1, game_B):
+    "A `Cache` from a context of C frames and the C - 1 actions between them."
     B, C = codes_BCPL.shape[:2]
     require(C >= 2 and actions_BC1.shape[1] == C - 1, f'a context needs at least 2 frames and one action between each two, got {C} frames and {actions_BC1.shape[1]} actions')
-    require(C - 1 <= capacity, f'the context of {C - 1} steps is longer than the cache of {capacity}: give more capacity')
-    c = self.config
-    shape = (B, c.heads, capacity, c.dim // c.heads)
-    layers = [(torch.zeros(shape, device=codes_BCPL.device), torch.zeros(shape, device=codes_BCPL.device)) for _ in self.blocks]
-    z = self.vectors(codes_BCPL)
-    h, _ = self.trunk(z[:, :-1], actions_BC1, game_B, 0, layers)
-    first = torch.zeros(B, dtype=torch.long, device=codes_BCPL.device)
-    return Cache(layers, C - 1, first, codes_BCPL[:, -1].long(), self.recent(z)[:, -1], h[:, -1], game_B)
+    z, kept = self.vectors(codes_BCPL), []
+    h, _ = self.trunk(z[:, :-1], actions_BC1, game_B, kept)
+    return Cache(fill_rings(self.blocks, kept), torch.full((B,), C - 1, device=z.device), C - 1, codes_BCPL[:, -1].long(), self.recent(z)[:, -1], h[:, -1], game_B.clone())
 
+@torch.no_grad()
 def _restart(self, cache, rows, codes, actions, game):
     "Begin the dreams `rows` (int64 [R]) anew from contexts; the other rows go on."
-    C1 = actions.shape[1]
-    require(C1 <= cache.length, f'a context of {C1} steps does not fit before step {cache.length} of the cache: shorten it')
-    layers, at = [tuple(x[rows] for x in kv) for kv in cache.layers], cache.length - C1
-    z = self.vectors(codes)
-    first = torch.full((len(rows),), at, device=codes.device)
-    h, _ = self.trunk(z[:, :-1], actions, game, at, layers, first)
-    for mine, new in zip(cache.layers, layers, strict=True):
-        for x, y in zip(mine, new, strict=True): x[rows] = y
-    cache.mixed = True
-    cache.first[rows], cache.codes[rows], cache.history[rows], cache.hidden[rows], cache.game[rows] = first, codes[:, -1].long(), self.recent(z)[:, -1], h[:, -1], game
+    new = self.start(codes, actions, game)
+    for mine, other in zip(cache.rings, new.rings, strict=True):
+        for x, y in zip(mine, other, strict=True): x[rows] = y
+    for k in ('age', 'codes', 'history', 'hidden', 'game'): getattr(cache, k)[rows] = getattr(new, k)
+    cache.least = min(cache.least, new.least)
 
+def _imagine(self, rings, age, full, history, game, action, temperature, draws):
+    "One step of all rows as a function of tensors, the rings changed in place: codes, history, hidden, sign and points of the reward, and how likely the game goes on."
+    h = self.norm(advance(self.blocks, rings, self.embed(history[:, -1:], action[:, None], game), age, full))[:, 0]
+    codes = self.heads.sample(h, history, temperature, draws)
+    history = torch.cat([history[:, 1:], self.vectors(codes)[:, None]], 1)
+    return codes, history, h, *self.reward.expect(self.reward(h)), torch.sigmoid(self.proceed(h)[:, 0].float())
+
+@torch.no_grad()
 def _step(self, cache, action_B, temperature=(.5, 0., 0.), generator=None):
     "One imagined step of all rows; updates `cache` and returns `Step`."
-    require(cache.length < cache.layers[0][0].shape[2], f'the cache is full after {cache.length} steps: start it with more capacity')
-    h, _ = self.trunk(cache.history[:, -1:], action_B[:, None], cache.game, cache.length, cache.layers, cache.first if cache.mixed else None, report=False)
-    h = h[:, 0]
-    codes = self.heads.sample(h, cache.history, temperature, generator)
-    cache.length, cache.hidden, cache.codes = cache.length + 1, h, codes
-    cache.history = torch.cat([cache.history[:, 1:], self.vectors(codes)[:, None]], 1)
-    sign, points = self.reward.expect(self.reward(h))
-    return Step(codes, sign, torch.sigmoid(self.proceed(h)[:, 0].float()), points)
+    shape = (len(action_B), self.config.grid ** 2, 1)
+    draws = [uniform(shape, t, generator, action_B.device) for t in temperature]
+    full = tuple(not self.compiled and cache.least >= w - 1 for w in self.config.windows)         # a compiled step asks the mask, or it would be compiled anew at every age
+    cache.codes, cache.history, cache.hidden, sign, points, proceed = self.imagine(cache.rings, cache.age, full, cache.history, cache.game, action_B, tuple(temperature), draws)
+    cache.age, cache.least = cache.age + 1, cache.least + 1
+    return Step(cache.codes, sign, proceed, points)
 
-WorldModel.start, WorldModel.restart, WorldModel.step = (torch.no_grad()(f) for f in (_start, _restart, _step))
+def _faster(self):
+    """Compile the step: about twice as fast on a CPU, after a minute of compiling for each new number of dreams. Needs a C++ compiler there. Returns the model.
+
+    The steps are the same up to rounding. Weights may change afterwards; the number of layers, windows and experts may not."""
+    require(next(self.parameters()).is_cuda or shutil.which('g++') or shutil.which('c++') or shutil.which('clang++'), 'compiling a step needs a C++ compiler: install g++, or dream without faster()')
+    self.compiled = True
+    self.imagine = MethodType(torch.compile(WorldModel.imagine, dynamic=False, options={'cpp_wrapper': not next(self.parameters()).is_cuda}), self)
+    return self
+
+WorldModel.compiled, WorldModel.faster = False, _faster
+WorldModel.start, WorldModel.restart, WorldModel.imagine, WorldModel.step = _start, _restart, _imagine, _step
 
 # %% ../nbs/07_world.ipynb #accuracy
 @torch.no_grad()

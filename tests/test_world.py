@@ -106,11 +106,30 @@ def test_cached_equals_uncached(windows, batch):
     torch.nn.init.normal_(model.heads.codebook)
     codes, actions, game = torch.randint(0, 8, (batch, 14, 1, 2)), torch.randint(0, 18, (batch, 14)), torch.arange(batch) % 2
     with torch.no_grad(): whole, _ = model.trunk(model.vectors(codes), actions, game)
-    cache = model.start(codes[:, :3], actions[:, :2], game, 14)
+    cache = model.start(codes[:, :3], actions[:, :2], game)
     for t in range(2, 14):
         cache.history = model.recent(model.vectors(codes[:, :t + 1]))[:, -1]
         model.step(cache, actions[:, t])
         assert (cache.hidden - whole[:, t]).abs().max() < 1e-5
+
+
+def test_rows_of_every_age_equal_dreams_of_their_own():
+    "Rows that began anew at different steps, in rings that have turned, give what each gives alone."
+    torch.manual_seed(0)
+    model = WorldModel(WorldConfig(games=('pong', 'breakout'), **SMALL)).eval()
+    torch.nn.init.normal_(model.heads.codebook)
+    codes, actions, game = torch.randint(0, 8, (3, 14, 1, 2)), torch.randint(0, 18, (3, 30)), torch.tensor([0, 1, 0])
+    together, began = model.start(codes[:, :5], actions[:, :4], game), [0, 0, 0]
+    alone = [model.start(codes[[i], :5], actions[[i], :4], game[[i]]) for i in range(3)]
+    for t in range(25):
+        for row, when, length in ((1, 6, 3), (2, 11, 9), (1, 19, 2)):
+            if t == when:
+                start = codes[[row], :length], actions[[row], :length - 1], game[[row]]
+                model.restart(together, torch.tensor([row]), *start); alone[row] = model.start(*start)
+        out = model.step(together, actions[:, t], (0., 0.))
+        for i, cache in enumerate(alone):
+            one = model.step(cache, actions[[i], t], (0., 0.))
+            assert (cache.hidden[0] - together.hidden[i]).abs().max() < 1e-5 and torch.equal(one.codes[0], out.codes[i]), (t, i)
 
 
 def envs(model, n=4, **kw):
@@ -156,13 +175,14 @@ def test_rows_that_ended_wait_for_a_reset(learnt):
     assert e.over.tolist() == [False, True, True] or not truncated[1:].any()
 
 
-def test_a_long_dream_makes_room_without_changing(learnt):
+def test_a_long_dream_keeps_its_rules_in_memory_of_fixed_size(learnt):
     long = envs(learnt, 2, horizon=150, temperature=(0., 0.)); long.reset(seed=1)
     states = []
     for _ in range(140):
         long.step([3, 3]); states.append(long.cache.codes[:, 0, 0].clone())
     s = torch.stack(states)
-    assert ((s[:-1] + 1) % 7 == s[1:]).float().mean() > .95 and long.cache.length <= long.room
+    assert ((s[:-1] + 1) % 7 == s[1:]).float().mean() > .95
+    assert [k.shape[2] for k, _ in long.cache.rings] == list(learnt.config.windows) and long.cache.least == 143
 
 
 def test_save_and_load(tmp_path, learnt):
@@ -184,8 +204,22 @@ def test_resume_is_bitwise(tmp_path):
 @pytest.mark.parametrize('call, message', [
     (lambda m: envs(m).step([3] * 4), 'call reset first'),
     (lambda m: (e := envs(m), e.reset(seed=0), e.step([3, 3, 17, 3])), 'action 17 is illegal in dream 2'),
-    (lambda m: m.start(torch.zeros(1, 9, 1, 2, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, dtype=torch.long), 5), 'longer than the cache'),
+    (lambda m: m.start(torch.zeros(1, 9, 1, 2, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, dtype=torch.long)), 'got 9 frames and 9 actions'),
     (lambda m: WorldModel(WorldConfig(experts=(1, 2), windows=(4,))), 'one entry a layer'),
     (lambda m: envs(m).reset() and envs(m).render(), 'without its tokenizer')])
 def test_bad_input(learnt, call, message):
     with pytest.raises(BookError, match=message): call(learnt)
+
+
+def test_a_compiled_step_is_the_same_step():
+    import shutil
+    if not shutil.which('g++'): pytest.skip('no C++ compiler')
+    torch.manual_seed(0)
+    make = lambda: WorldModel(WorldConfig(games=('pong', 'breakout'), **{**SMALL, 'experts': (2,), 'windows': (3,)})).eval()       # a minute of compiling a layer
+    model = make(); torch.nn.init.normal_(model.heads.codebook)
+    quick = make(); quick.load_state_dict(model.state_dict()); quick.faster()
+    codes, actions, game = torch.randint(0, 8, (2, 5, 1, 2)), torch.randint(0, 18, (2, 30)), torch.arange(2)
+    caches = [m.start(codes, actions[:, :4], game) for m in (model, quick)]
+    for t in range(20):
+        one, two = (m.step(c, actions[:, t], (.5, 0.), torch.Generator().manual_seed(t)) for m, c in zip((model, quick), caches, strict=True))
+        assert torch.equal(one.codes, two.codes) and torch.allclose(one.reward, two.reward, atol=1e-5) and torch.allclose(caches[0].hidden, caches[1].hidden, atol=1e-5)

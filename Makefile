@@ -2,6 +2,7 @@
 #   make reproduce   the whole book at the laptop profile (two CPU cores, about a quarter of an hour)
 #   make test        the tests, the smoke chain among them
 #   make test-browser  the widgets in a headless Chromium: the exported page, the player, JupyterLab
+#   make docs        the pages of the book in _docs/, from the finished run $(RUN)
 #   make lab         JupyterLab
 PYTHON ?= python3
 VENV   := .venv
@@ -13,12 +14,13 @@ ARGS   ?=
 export GOMP_SPINCOUNT ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-browser lab clean
+.PHONY: help setup reproduce test test-browser docs lab clean
 
 help:
 	@echo 'make reproduce  run every chapter at the laptop profile into $(RUN) and print the claims'
 	@echo 'make test       run the tests (ARGS="-k name" to choose)'
 	@echo 'make test-browser  run the widgets in a headless Chromium; pictures of them in browser/shots/'
+	@echo 'make docs       make the pages of the book in _docs/ from the finished run $(RUN) (RUN=runs/smoke and the like)'
 	@echo 'make lab        open JupyterLab on the notebooks (ARGS="--no-browser" and the like)'
 	@echo 'make clean      remove .venv and caches; runs/ stays'
 	@echo 'Each sets up .venv with $(PYTHON) (choose with PYTHON=...) and the pins in constraints.txt.'
@@ -42,6 +44,9 @@ test-browser: $(STAMP)
 	@$(BIN)/python browser/chromium.py
 	@$(BIN)/atari-hrvq run --run runs/smoke --profile smoke
 	@$(BIN)/python -m pytest -q browser $(ARGS)
+
+docs: $(STAMP)
+	@$(BIN)/atari-hrvq publish --run $(RUN) $(ARGS)
 
 lab: $(STAMP)
 	@$(BIN)/python -m jupyterlab nbs/01_frames.ipynb --ServerApp.root_dir=. $(ARGS)

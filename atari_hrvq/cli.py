@@ -9,11 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from .book import STAGES, StageFailed, find_stage, hardware, read_claims, run_chain, status_table, versions
 from .core import BookError, GAMES, PROFILES, Table, choices, read_json, require, write_json
-from .publish import ship, store_outputs
+from .publish import publish, results_table, ship, store_outputs, write_between
 
 # %% auto #0
 __all__ = ['BENCHES', 'Parser', 'parser', 'command_run', 'command_status', 'command_claims', 'command_bench', 'command_outputs',
-           'command_ship', 'command_verify', 'command_evaluate', 'command_play', 'main']
+           'command_publish', 'command_ship', 'command_verify', 'command_evaluate', 'command_play', 'main']
 
 # %% ../nbs/93_cli.ipynb #parser
 BENCHES = ('frames', 'encoder', 'quantizer', 'dream')
@@ -36,6 +36,7 @@ def parser():
     r.add_argument('--to', dest='last', metavar='CH', help='stop after this chapter')
     s = sub.add_parser('status', help='what a run has done'); s.add_argument('run', help='the run folder')
     c = sub.add_parser('claims', help='the ledger of a run'); c.add_argument('run', help='the run folder'); c.add_argument('--json', action='store_true', help='as JSON')
+    c.add_argument('--markdown', action='store_true', help='as a Markdown table'); c.add_argument('--into', metavar='FILE', help='write the Markdown table between the claims markers of this file')
     b = sub.add_parser('bench', help='measure speed'); b.add_argument('name', nargs='?', help=f'one of {", ".join(BENCHES)} (default: all)'); b.add_argument('--json', metavar='FILE', help='also write the rows there')
     o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
     w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, motion_tokenizer, or agent: all that plays, scored and checked')
@@ -45,6 +46,8 @@ def parser():
     e = sub.add_parser('evaluate', help='play whole games with shipped weights'); e.add_argument('folder', help='such as pretrained/three-games')
     e.add_argument('--game', required=True, help='one of those that the weights know'); e.add_argument('--episodes', type=int, default=30, help='default: %(default)s'); e.add_argument('--seed', type=int, help='default: that of the shipped score')
     e.add_argument('--greedy', action='store_true', help='the likeliest action instead of a drawn one'); e.add_argument('--steps', type=int, default=27_000, help='cut games after so many agent steps (default: the protocol\'s %(default)s)')
+    d = sub.add_parser('publish', help='make the pages of the book from a finished run'); d.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
+    d.add_argument('--out', default='_docs', help='folder of the pages (default: %(default)s)')
     y = sub.add_parser('play', help='play inside the world model of a run, in the browser'); y.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
     y.add_argument('--game', help='the game to begin with (default: the first of the run)'); y.add_argument('--port', type=int, default=0, help='on 127.0.0.1 (default: any that is free)'); y.add_argument('--no-browser', action='store_true', help='print the address only')
     return p
@@ -62,8 +65,10 @@ def command_status(a): print(status_table(a.run))
 
 def command_claims(a):
     from atari_hrvq.claims import show_claims
-    table = read_claims(a.run)
-    print(json.dumps(table, indent=1) if a.json else show_claims(table))
+    table, made = read_claims(a.run), read_json(Path(a.run) / 'run.json', {})
+    require(a.json + a.markdown + bool(a.into) < 2, 'claims: give one of --json, --markdown and --into')
+    if a.into: write_between(a.into, results_table(table, made))
+    else: print(json.dumps(table, indent=1) if a.json else results_table(table, made) if a.markdown else show_claims(table))
 
 def command_bench(a):
     if a.name: choices('benchmark', a.name, BENCHES)
@@ -73,7 +78,10 @@ def command_bench(a):
     if a.json: write_json(a.json, rows)
     print(Table(rows, digits=2))
 
+# %% ../nbs/93_cli.ipynb #commands-more
 def command_outputs(a): store_outputs(a.run)
+
+def command_publish(a): publish(a.run, a.out)
 
 def command_ship(a):
     if a.name != 'agent': return ship(a.run, a.name, a.to)

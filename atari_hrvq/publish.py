@@ -4,14 +4,24 @@
 
 # %% ../nbs/92_publish.ipynb #imports
 from __future__ import annotations
-import contextlib, json, sys
+import ast, contextlib, html, inspect, io, itertools, json, re, shutil, subprocess, sys, textwrap, unicodedata
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
 import atari_hrvq
-from .book import check_files, clock, hardware, repo_root, versions
+from .book import STAGES, check_files, clock, hardware, kernel_environment, repo_root, versions
 from .core import BookError, read_json, require, write_atomic
 
 # %% auto #0
-__all__ = ['store_outputs', 'ship', 'model_card', 'module_of']
+__all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'store_outputs', 'ship',
+           'model_card', 'module_of', 'results_table', 'write_between', 'Page', 'book_config', 'listed_pages',
+           'page_sources', 'processed', 'cell_options', 'fold', 'plain_text', 'alt_text', 'shown', 'forget_paths',
+           'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page', 'outside_code', 'link_names',
+           'link_cells', 'plain_tex', 'read_bib', 'authors_of', 'bibliography', 'cite', 'label_numbers', 'boxes',
+           'translate', 'slug', 'markdown_renderer', 'page_body', 'page_html', 'check_page', 'check_pages', 'sections',
+           'render_html', 'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project', 'publish']
 
 # %% ../nbs/92_publish.ipynb #outputs
 def store_outputs(run, limit=200_000, out=sys.stderr):
@@ -33,14 +43,16 @@ def store_outputs(run, limit=200_000, out=sys.stderr):
             print(f'{path.name}: an output of cell {cell["id"]} is too large for git and was left out', file=out)
         write_atomic(target, json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + '\n')       # as nbdev_clean writes it
 
+# %% ../nbs/92_publish.ipynb #smaller
 def _smaller(png):
     "A base64 PNG with a palette of 64 colours, if that is smaller; what is no picture stays as it is."
-    import base64, io
+    import base64
     from PIL import Image
     small = io.BytesIO()
     with contextlib.suppress(OSError, ValueError): Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(64, Image.Quantize.MAXCOVERAGE).save(small, 'PNG', optimize=True)
     return min(png, base64.b64encode(small.getvalue()).decode() or png, key=len)
 
+# %% ../nbs/92_publish.ipynb #plain
 def _plain(o):
     "An output without execution counts, metadata and live widgets."
     o = {k: v for k, v in o.items() if k != 'execution_count'}
@@ -69,6 +81,7 @@ def ship(run, name, to='pretrained', out=sys.stdout):
     print(f'{name} of {run}: {sum((Path(to) / f).stat().st_size for f in files) / 1e6:.1f} MB in {folder}', file=out)
     return folder
 
+# %% ../nbs/92_publish.ipynb #model-card
 def model_card(run, name, chapter):
     "Markdown: how to load a model, where it comes from, what its chapter measured."
     from atari_hrvq.core import Table
@@ -90,8 +103,668 @@ Weights and configuration load without pickle. `metrics.jsonl` holds every figur
 {Table(figures)._repr_markdown_()}
 """
 
+# %% ../nbs/92_publish.ipynb #module-of
 def module_of(name):
     "The module of this package that defines the class `name`."
     for path in sorted(Path(atari_hrvq.__file__).parent.glob('*.py')):
         if f'class {name}(' in path.read_text(): return path.stem
     raise BookError(f'no module of this package defines {name}: expected a class that a chapter exports')
+
+# %% ../nbs/92_publish.ipynb #results
+MARKERS = ('<!-- claims: written by atari-hrvq claims RUN --into FILE -->', '<!-- end of claims -->')
+
+def results_table(table, made):
+    "The ledger as Markdown: one line on the run (`run.json`), one row a claim."
+    from atari_hrvq.core import Table
+    number = lambda x: '' if x is None else f'{x:.3g}'
+    rows = [{'claim': r['claim'], 'original': r['original'], 'ours': number(r['ours']) + (f' ({number(r["interval"][0])} to {number(r["interval"][1])})' if r['interval'] else ''), 'null': number(r['null']), 'verdict': r['verdict']} for r in table]
+    return f'Measured by one run: profile `{made.get("profile")}`, games {", ".join(made.get("games", []))}, seed {made.get("seed")}.\n\n{Table(rows)._repr_markdown_()}'
+
+# %% ../nbs/92_publish.ipynb #write-between
+def write_between(path, text):
+    "Replace what stands between the `MARKERS` in the file `path`."
+    path = Path(path)
+    require(path.exists(), f'{path} does not exist: name a Markdown file that holds the two claims markers')
+    before, found, rest = path.read_text(encoding='utf8').partition(MARKERS[0])
+    require(found and MARKERS[1] in rest, f'{path} does not hold the lines "{MARKERS[0]}" and "{MARKERS[1]}": add them where the table belongs')
+    write_atomic(path, f'{before}{MARKERS[0]}\n\n{text}\n\n{rest[rest.index(MARKERS[1]):]}')
+
+# %% ../nbs/92_publish.ipynb #pages
+MADE = ('api', 'references')      # pages that are made here
+
+class Page(NamedTuple):
+    file: str                     # as `_quarto.yml` lists it
+    part: str                     # title of its part, '' outside of parts
+    @property
+    def stem(self): return self.file.rsplit('.', 1)[0]
+    @property
+    def html(self): return f'{self.stem}.html'
+
+# %% ../nbs/92_publish.ipynb #book-config
+def book_config(root):
+    "`_quarto.yml` as a dict."
+    import yaml
+    path = Path(root) / '_quarto.yml'
+    require(path.exists(), f'{path} does not exist: publish from a checkout of the book')
+    try: config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as e: raise BookError(f'{path} is not YAML: {str(e).splitlines()[-1].strip()}') from None
+    require(isinstance(config, dict) and 'chapters' in config.get('book', {}), f'{path} lists no chapters: expected book: chapters:')
+    return config
+
+# %% ../nbs/92_publish.ipynb #listed-pages
+def listed_pages(config):
+    "The `Page`s of a configuration in reading order, appendices last."
+    def walk(items, part):
+        for x in items:
+            if isinstance(x, dict): yield from walk(x['chapters'], x['part'])
+            else: yield Page(x, part)
+    return [*walk(config['book']['chapters'], ''), *walk(config['book'].get('appendices', []), 'Appendices')]
+
+# %% ../nbs/92_publish.ipynb #sources
+def page_sources(root, run, pages):
+    "`{stem: path}` of the notebook behind each page: executed ones from the run, the others from `nbs/`. What is missing is named."
+    for p in pages:
+        require(p.stem in MADE or (root / 'nbs' / p.file).exists(), f'_quarto.yml lists {p.file}, which is not in nbs/: write that chapter, or take its line out')
+    done = read_json(run / 'manifest.json', {}).get('stages', {})
+    require(done, f'{run} is not a run of the chain (no manifest.json): start one with atari-hrvq run --run {run}')
+    stages = {s.name for s in STAGES}
+    missing = [p.stem for p in pages if p.stem in stages and (done.get(p.stem, {}).get('state') != 'done' or not (run / 'notebooks' / p.file).exists())]
+    require(not missing, f'{run} is not finished, it lacks {", ".join(missing)}: end it first (atari-hrvq run --run {run}, with its profile, games and seed)')
+    return {p.stem: (run / 'notebooks' if p.stem in stages else root / 'nbs') / p.file for p in pages if p.stem not in MADE}
+
+# %% ../nbs/92_publish.ipynb #processed
+def processed(notebook):
+    "The notebook (a dict) without nbdev's directives, through nbdev's own processors; cells that were exported are tagged `exported`."
+    from execnb.nbio import dict2nb, nb2dict
+    from nbdev import processors as P
+    from nbdev.process import NBProcessor
+    def exports(cell):
+        directives = getattr(cell, 'directives_', {})
+        if 'default_exp' in directives: del cell['source']
+        elif {'export', 'exports', 'exporti'} & set(directives): cell.metadata['tags'] = [*cell.metadata.get('tags', []), 'exported']
+    chain = [P.populate_language, exports, P.strip_ansi, P.hide_line, P.filter_stream_, P.rm_header_dash, P.clean_magics, P.hide_, P.strip_hidden_metadata]
+    p = NBProcessor(nb=dict2nb(json.loads(json.dumps(notebook))), procs=chain)
+    p.process()
+    return nb2dict(p.nb)
+
+# %% ../nbs/92_publish.ipynb #cell-options
+def cell_options(source):
+    "Quarto's options (a dict) at the head of a cell, and the code below them."
+    import yaml
+    head = list(itertools.takewhile(lambda line: line.startswith('#|'), source.splitlines(True)))
+    return yaml.safe_load(''.join(line[2:] for line in head)) or {}, source[sum(map(len, head)):]
+
+# %% ../nbs/92_publish.ipynb #fold
+def fold(cell):
+    "The options that a code cell gets: plumbing is folded, exported code says what it defines."
+    source, tags = ''.join(cell['source']), cell['metadata'].get('tags', [])
+    try: nodes = ast.parse(source).body
+    except SyntaxError: return {}
+    if 'parameters' in tags: return {'code-fold': True, 'code-summary': 'Parameters of the run'}
+    if nodes and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes): return {'code-fold': True, 'code-summary': 'Imports'}
+    names = [n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != '_']
+    return {'code-summary': f'In the package: {", ".join(names)}'} if 'exported' in tags and names else {}
+
+# %% ../nbs/92_publish.ipynb #plain-text
+def plain_text(markdown):
+    "Markdown as one line of plain words: no headings, marks, tables or formulas."
+    text = re.sub(r'```.*?```|\$\$.*?\$\$|^\|.*?$|^#.*?$|^>', ' ', markdown, flags=re.S | re.M)
+    text = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', text)
+    return ' '.join(re.sub(r'[*`$\\"{}]', '', text).split())
+
+# %% ../nbs/92_publish.ipynb #alt-text
+def alt_text(options, heading, prose):
+    "What stands for a figure where it cannot be seen: the cell's own words, else the section and the sentence before it."
+    own = options.get('fig-alt') or options.get('fig-cap')
+    if own: return plain_text(' '.join(own) if isinstance(own, list) else own)
+    sentence = re.split(r'(?<=[.?]) ', plain_text(prose))[-1]
+    return f'Figure in the section on {plain_text(heading).rstrip("?") or "results"}' + (f'. {textwrap.shorten(sentence, 160, placeholder=" ...")}' if sentence else '')
+
+# %% ../nbs/92_publish.ipynb #shown
+def shown(output):
+    "An output as a reader gets it: no noise on standard error, a widget by its twin."
+    if output.get('name') == 'stderr': return None
+    data = output.get('data', {})
+    if 'text/html' in data: output = {**output, 'data': {k: v for k, v in data.items() if not k.startswith('application/vnd.jupyter.widget')}}
+    return {**output, **({'metadata': {}} if 'metadata' in output else {})}
+
+# %% ../nbs/92_publish.ipynb #forget-paths
+def forget_paths(notebook, root):
+    "The notebook without the paths of the machine that ran it."
+    places = {str(root): '.'}
+    for c in notebook['cells']:
+        found = re.search(r"^run = ['\"](.+)['\"]$", ''.join(c['source']), re.M) if 'injected-parameters' in c['metadata'].get('tags', []) else None
+        if found: places[found[1]] = f'runs/{Path(found[1]).name}'
+    text = json.dumps(notebook, ensure_ascii=False)
+    for path in sorted(places, key=len, reverse=True): text = text.replace(path, places[path]) if len(path) > 3 else text
+    return json.loads(text)
+
+# %% ../nbs/92_publish.ipynb #prepare
+def prepare(notebook, root):
+    "A notebook (a dict) ready for either renderer: directives out, plumbing folded, outputs clean, every figure with words for it."
+    book = processed(forget_paths(notebook, root))
+    heading, prose, cells = '', '', []
+    for c in book['cells']:
+        tags, source = c['metadata'].get('tags', []), ''.join(c['source'])
+        if 'injected-parameters' in tags or not source.strip(): continue
+        if c['cell_type'] == 'markdown':
+            heading, prose = ([m.strip('# ') for m in re.findall(r'^#+ .*$', source, re.M)] or [heading])[-1], source
+        if c['cell_type'] == 'code':
+            outputs = [o for o in map(shown, c['outputs']) if o]
+            options, rest = cell_options(source)
+            options = {**fold({**c, 'source': rest}), **options}
+            if any(k.startswith('image/') for o in outputs for k in o.get('data', {})): options['fig-alt'] = alt_text(options, heading, prose)
+            c = {**c, 'outputs': outputs, 'source': ''.join(f'#| {k}: {json.dumps(v)}\n' for k, v in options.items()) + rest}
+        cells.append({**c, 'metadata': {'tags': tags} if tags else {}})
+    return {**book, 'cells': cells, 'metadata': {'kernelspec': book['metadata']['kernelspec']}}
+
+# %% ../nbs/92_publish.ipynb #api
+def exported(notebook):
+    "`(module, names)` that a notebook (a dict) exports; None if it exports nothing."
+    text = '\n'.join(''.join(c['source']) for c in notebook['cells'] if c['cell_type'] == 'code')
+    found = re.search(r'^#\|\s*default_exp\s+(\w+)', text, re.M)
+    return (found[1], list(import_module(f'atari_hrvq.{found[1]}').__all__)) if found else None
+
+# %% ../nbs/92_publish.ipynb #signature
+def signature(name, obj):
+    "`name(parameters)` of a callable, wrapped at 100 columns; just the name where Python knows no signature."
+    try: s = str(inspect.signature(obj))
+    except (TypeError, ValueError): return name
+    s = re.sub(r" at 0x[0-9a-f]+|(?<=: )'|'(?=[,)=]| =)", lambda m: '' if m[0][0] == ' ' else m[0], s)
+    s = re.sub(r": '([^']*)'", r': \1', re.sub(r"-> '([^']*)'", r'-> \1', s))
+    whole = re.sub(r'\(self(, )?', '(', name + s).replace(': ', ':\0').replace(' = ', '\0=\0').replace(' -> ', '\0->\0')
+    return textwrap.fill(whole, 100, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False).replace('\0', ' ')
+
+# %% ../nbs/92_publish.ipynb #docstring
+def docstring(obj):
+    "A docstring as Markdown: words as they are, nothing taken for markup outside of `code`."
+    parts = re.split(r'(`[^`]*`)', inspect.getdoc(obj) or '')
+    escape = lambda text: re.sub(r'[*_<>$@#|\[\]\\]', lambda m: f'&#{ord(m[0])};', text)
+    return ''.join(p if p.startswith('`') and len(p) > 1 else escape(p) for p in parts)
+
+# %% ../nbs/92_publish.ipynb #api-entry
+def entry(name, obj):
+    "Markdown on one exported name."
+    if inspect.isclass(obj) or inspect.isroutine(obj):
+        own = obj.__doc__ if not inspect.isclass(obj) or '__doc__' in vars(obj) else None
+        text = f'```python\n{signature(name, obj)}\n```\n\n{docstring(obj) if own and not own.startswith(f"{name}(") else ""}\n'
+    else: return f'```python\n{name} = {textwrap.shorten(repr(obj), 300, placeholder=" ...")}\n```\n'
+    methods = [(k, getattr(obj, k)) for k in vars(obj) if k[0] != '_' and inspect.isroutine(getattr(obj, k))] if inspect.isclass(obj) else []
+    for k, m in methods:
+        first = docstring(m).split('\n\n')[0].replace('\n', ' ') if vars(obj)[k].__doc__ else ''
+        text += f'\n- `{" ".join(signature(k, m).split())}`' + (f': {first}' if first else '')
+    return text + '\n'
+
+# %% ../nbs/92_publish.ipynb #api-page
+def api_page(modules):
+    "The Markdown of `api.qmd`; `modules`: `[(module, names, page)]` in reading order."
+    text = ['# API reference\n\nEvery name that a chapter exports, by chapter. Shapes and errors stand in the docstrings.']
+    for module, names, page in modules:
+        m = import_module(f'atari_hrvq.{module}')
+        text.append(f'## atari_hrvq.{module} {{#{module}}}\n\n{docstring(m)}\n\nDefined in [chapter {page.stem}]({page.file}).')
+        text += [f'### {name} {{#{module}-{name}}}\n\n{entry(name, getattr(m, name))}' for name in names]
+    return '\n\n'.join(text) + '\n'
+
+# %% ../nbs/92_publish.ipynb #links
+def outside_code(text, change):
+    "Markdown with `change` applied where neither code, formulas nor links stand."
+    parts = re.split(r'(```.*?```|~~~.*?~~~|``.+?``|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]\n]*\]\([^)\n]*\)|<[^>\n]+>)', text, flags=re.S)
+    return ''.join(p if i % 2 else change(p) for i, p in enumerate(parts))
+
+# %% ../nbs/92_publish.ipynb #link-names
+def link_names(book, owners, here):
+    "The first mention of each exported name on a page links to the reference; `owners`: `{name: [modules]}`, `here`: the page's module."
+    seen = set()
+    def link(m):
+        owner = owners.get(m[1], [])
+        if not owner or m[1] in seen: return m[0]
+        seen.add(m[1])
+        return f'[`{m[1]}`](api.qmd#{here if here in owner else owner[0]}-{m[1]})'
+    for c in book['cells']:
+        if c['cell_type'] != 'markdown': continue
+        parts = re.split(r'(```.*?```|^#+ .*?$|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]\n]*\]\([^)\n]*\)|``.+?``)', ''.join(c['source']), flags=re.S | re.M)
+        c['source'] = ''.join(p if i % 2 else re.sub(r'`(\w+)`', link, p) for i, p in enumerate(parts))
+    return book
+
+# %% ../nbs/92_publish.ipynb #link-cells
+def link_cells(books):
+    "Where an output names a chapter and a cell (`04_hrvq rate`), link to that cell; cells that are linked get an anchor `at-rate`."
+    cells, named = {stem: {c.get('id') for c in b['cells']} for stem, b in books.items()}, set()
+    def link(m):
+        if m[2] not in cells.get(m[1], ()): return m[0]
+        named.add((m[1], m[2]))
+        return f'[{m[0]}]({m[1]}.ipynb#at-{m[2]})'
+    for b in books.values():
+        for o in (o for c in b['cells'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})):
+            o['data']['text/markdown'] = re.sub(r'\b((?:\d\d|A\d)_\w+) ([\w-]+)(?= *\|)', link, ''.join(o['data']['text/markdown']))
+    for stem, b in books.items():
+        anchor = lambda c: {'cell_type': 'markdown', 'id': f'at-{c["id"]}', 'metadata': {}, 'source': f'<span id="at-{c["id"]}"></span>'}
+        b['cells'] = [x for c in b['cells'] for x in ([anchor(c), c] if (stem, c.get('id')) in named else [c])]
+
+# %% ../nbs/92_publish.ipynb #bib
+ACCENTS = {"'": '\u0301', '"': '\u0308', '`': '\u0300', '^': '\u0302', '~': '\u0303', '.': '\u0307', 'c': '\u0327', 'v': '\u030c'}
+
+def plain_tex(text):
+    "TeX accents as letters, braces gone."
+    text = text.replace('\\L', 'Ł').replace('\\l', 'ł').replace('\\o', 'ø').replace('--', '–')
+    text = re.sub(r"\\(['\"`^~.]|[cv](?=[{ ]))\s*\{?(\w)\}?", lambda m: unicodedata.normalize('NFC', m[2] + ACCENTS[m[1]]), text)
+    return ' '.join(re.sub(r'[{}]', '', text).split())
+
+# %% ../nbs/92_publish.ipynb #read-bib
+def read_bib(text):
+    "`{key: fields}` of BibTeX entries whose fields stand in braces."
+    def braces(start):
+        depth = 0
+        for i in range(start, len(text)):
+            depth += (text[i] == '{') - (text[i] == '}')
+            if depth == 0: return i
+        raise BookError(f'references.bib: a brace is not closed after "{text[start:start + 40].strip()}"')
+    entries = {}
+    for m in re.finditer(r'^@\w+\{([^,\s]+),', text, re.M):
+        end, fields = braces(text.index('{', m.start())), {}
+        for f in re.finditer(r'(\w+)\s*=\s*(?=\{)', text[:end]):
+            if f.start() > m.end() - 1: fields.setdefault(f[1].lower(), plain_tex(text[f.end() + 1:braces(f.end())]))
+        entries[m[1]] = fields
+    return entries
+
+# %% ../nbs/92_publish.ipynb #authors-of
+def authors_of(fields, short=True):
+    "`Kaiser et al.`, or all names."
+    names = fields.get('author', '').split(' and ')
+    last = [n.split(',')[0] for n in names]
+    if not short: return ', '.join(' '.join(reversed(n.split(', '))) for n in names).replace('others', 'and others')
+    return last[0] if len(last) == 1 else f'{last[0]} and {last[1]}' if len(last) == 2 and last[1] != 'others' else f'{last[0]} et al.'
+
+# %% ../nbs/92_publish.ipynb #bibliography
+def bibliography(entries):
+    "All entries as HTML, by author and year."
+    rows = []
+    for key, f in sorted(entries.items(), key=lambda kf: (authors_of(kf[1]).lower(), kf[1].get('year', ''))):
+        where = f.get('journal') or f.get('booktitle') or ''
+        where += f' {f["volume"]}' if 'volume' in f else ''
+        where += f', {f["pages"]}' if 'pages' in f else ''
+        link = f'https://arxiv.org/abs/{f["eprint"]}' if 'eprint' in f else f.get('url') or (f'https://doi.org/{f["doi"]}' if 'doi' in f else '')
+        parts = [f'{html.escape(authors_of(f, short=False))} ({f.get("year", "no year")})', f'<em>{html.escape(f.get("title", key))}</em>', html.escape(where), f'<a href="{link}">{link.split("//")[1]}</a>' if link else '']
+        rows.append(f'<p class="reference" id="ref-{key}">{". ".join(p for p in parts if p)}.</p>')
+    return '\n'.join(rows)
+
+# %% ../nbs/92_publish.ipynb #cite
+def cite(text, entries):
+    "Markdown with `[@a; @b]` and `@a` as links to the references; an unknown key is named."
+    def one(key, bare):
+        require(key in entries, f'the citation @{key} is not in references.bib: add the entry, or correct the key')
+        f = entries[key]
+        return f'[{authors_of(f)} {f.get("year")}](references.qmd#ref-{key})' if not bare else f'[{authors_of(f)} ({f.get("year")})](references.qmd#ref-{key})'
+    keys = r'@([a-zA-Z]+\d{4}\w*)'
+    def group(m): return '(' + re.sub(keys, lambda k: one(k[1], False), m[1]) + ')'
+    change = lambda part: re.sub(rf'(?<![\w.`]){keys}', lambda k: one(k[1], True), re.sub(rf'\[([^\]\n]*{keys}[^\]\n]*)\](?!\()', group, part))
+    return outside_code(text, change)
+
+# %% ../nbs/92_publish.ipynb #dialect
+KINDS = {'fig': 'Figure', 'tbl': 'Table', 'eq': 'Equation', 'sec': 'Section'}
+
+def label_numbers(books):
+    "`{label: (page stem, 'Figure 3')}` of everything that carries a label such as `fig-drift`, numbered over the book."
+    found, count = {}, {}
+    for stem, b in books.items():
+        for c in b['cells']:
+            source = ''.join(c['source'])
+            for label in re.findall(r'^#\| label: *"?([\w-]+)' if c['cell_type'] == 'code' else r'\{[^}\n]*#((?:fig|tbl|eq|sec)-[\w-]+)', source, re.M):
+                kind = label.split('-')[0]
+                if kind not in KINDS or label in found: continue
+                count[kind] = count.get(kind, 0) + 1
+                found[label] = stem, f'{KINDS[kind]} {count[kind]}'
+    return found
+
+# %% ../nbs/92_publish.ipynb #boxes
+def boxes(text):
+    "Fenced boxes as HTML: a callout that is collapsed becomes `<details>`, every other box a `<div>`."
+    lines, open_tags = [], []
+    for line in text.splitlines():
+        fence = re.match(r'^:::+\s*(\S.*)?$', line)
+        if not fence: lines.append(line); continue
+        if fence[1]:
+            a = fence[1]
+            title = re.search(r'title="([^"]*)"', a)
+            names = ' '.join(re.findall(r'\.([\w-]+)', a) or re.findall(r'^[\w-]+$', a))
+            label = re.search(r'#([\w-]+)', a)
+            name = title[1] if title else next((w.split('-')[1].capitalize() for w in names.split() if w.startswith('callout-')), '')
+            tag = 'details' if 'collapse="true"' in a else 'div'
+            head = f'<summary>{name}</summary>' if tag == 'details' else f'<p class="box-title">{name}</p>' if name else ''
+            lines += ['', f'<{tag} class="{names}"' + (f' id="{label[1]}"' if label else '') + f'>{head}', '']
+            open_tags.append(tag)
+        else:
+            require(open_tags, 'a box (three colons) is closed that was never opened: correct the chapter')
+            lines += ['', f'</{open_tags.pop()}>', '']
+    require(not open_tags, 'a box (three colons) is never closed: correct the chapter')
+    return '\n'.join(lines)
+
+# %% ../nbs/92_publish.ipynb #translate
+def translate(text, stem, labels, entries):
+    "Quarto's Markdown as plain Markdown and HTML: boxes, labels, references, citations."
+    if '::: {#refs}' in text: return text.replace('::: {#refs}\n:::', bibliography(entries))
+    text = ''.join(p if i % 2 else boxes(p) if ':::' in p else p for i, p in enumerate(re.split(r'(^```.*?^```)', text, flags=re.S | re.M)))
+    def number(label): return labels.get(label, (stem, label))[1]
+    text = re.sub(r'\$\$(.+?)\$\$\s*\{#(eq-[\w-]+)\}', lambda m: f'<div class="equation" id="{m[2]}">\n\n$${m[1]}$$\n\n<span>({number(m[2]).split()[-1]})</span></div>', text, flags=re.S)
+    text = re.sub(r'^:\s+(.*?)\s*\{#(tbl-[\w-]+)\}$', lambda m: f'<p class="caption" id="{m[2]}">{number(m[2])}: {m[1]}</p>', text, flags=re.M)
+    def reference(m):
+        require(m[1] in labels, f'{stem} refers to @{m[1]}, and nothing carries that label: correct one of the two')
+        page, name = labels[m[1]]
+        return f'[{name}]({page}.html#{m[1]})'
+    text = outside_code(text, lambda p: re.sub(r'(?<![\w.])@((?:fig|tbl|eq|sec)-[\w-]*\w)', reference, p))
+    text = re.sub(r'(\]\([^)\s]+\))\{[^}\n]*\}', r'\1', text)                     # attributes of pictures and links
+    return cite(text, entries)
+
+# %% ../nbs/92_publish.ipynb #markdown
+def slug(text):
+    "The identifier that Pandoc gives a heading."
+    t = re.sub(r'[^\w\s.-]', '', re.sub(r'<[^>]+>', '', html.unescape(text)).lower())
+    return re.sub(r'^[^a-z]+', '', re.sub(r'\s+', '-', t.strip())) or 'section'
+
+# %% ../nbs/92_publish.ipynb #markdown-renderer
+def markdown_renderer():
+    "A mistune renderer: Pandoc's heading identifiers, formulas as MathML; `.headings` lists `(level, identifier, html)`."
+    from latex2mathml.converter import convert
+    from nbconvert.filters.markdown_mistune import IPythonRenderer
+    def mathml(body, display):
+        try: return convert(body, display=display)
+        except Exception: raise BookError(f'a formula cannot be read: {" ".join(body.split())[:80]}') from None
+    class Renderer(IPythonRenderer):
+        def __init__(self): super().__init__(escape=False); self.headings, self.used = [], set()
+        def inline_math(self, body): return mathml(body, 'inline')
+        def block_math(self, body): return f'<div class="formula">{mathml(body, "block")}</div>\n'
+        def heading(self, text, level, **attrs):
+            marks = re.search(r'\s*\{([^}]*)\}\s*$', text)
+            if marks: text = text[:marks.start()]
+            own = re.search(r'#([\w.-]+)', marks[1]) if marks else None
+            name = base = own[1] if own else slug(text)
+            for i in itertools.count(1):
+                if name not in self.used: break
+                name = f'{base}-{i}'
+            self.used.add(name); self.headings.append((level, name, text))
+            return f'<h{level} id="{name}">{text}</h{level}>\n'
+    return Renderer()
+
+# %% ../nbs/92_publish.ipynb #template
+CELL_TEMPLATE = """{%- extends 'classic/base.html.j2' -%}
+{% block input_group %}{% set page = cell.metadata.get('page', {}) %}{% if page.get('echo', True) %}
+<details class="code"{% if not page.get('closed') %} open{% endif %}><summary>{{ page.get('summary', 'Code') | escape_html }}</summary>{{ super() }}</details>{% endif %}{% endblock input_group %}
+{% block output_group %}{% set page = cell.metadata.get('page', {}) %}{% if page.get('output', True) %}
+<figure{% if page.get('label') %} id="{{ page.label }}"{% endif %}>{{ super() }}{% if page.get('caption') %}<figcaption>{{ page.caption | escape_html }}</figcaption>{% endif %}</figure>{% endif %}{% endblock output_group %}
+"""
+
+def page_body(book, stem, labels, entries):
+    "`(html, headings)` of a prepared notebook through nbconvert."
+    import nbformat
+    from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import MarkdownWithMath
+    nb, renderer = nbformat.from_dict(json.loads(json.dumps(book))), markdown_renderer()
+    for c in nb.cells:
+        c.source = ''.join(c.source)
+        if c.cell_type == 'markdown': c.source = translate(c.source, stem, labels, entries)
+        if c.cell_type != 'code': continue
+        o, c.source = cell_options(c.source)
+        caption, label = o.get('fig-cap', o.get('tbl-cap', '')), o.get('label', '')
+        if label in labels: caption = f'{labels[label][1]}: {caption}'
+        include = o.get('include', True)
+        c.metadata['page'] = {'closed': o.get('code-fold') is True, 'summary': o.get('code-summary', 'Code'), 'echo': include and o.get('echo', True), 'output': include and o.get('output', True) is not False, 'label': label, 'caption': caption}
+        for out in c.outputs:
+            for k in ('data', 'text'):
+                if k in out: out[k] = {m: ''.join(v) if isinstance(v, list) else v for m, v in out[k].items()} if k == 'data' else ''.join(out[k])
+            if 'data' in out: out['metadata'] = {m: {'alt': o['fig-alt']} for m in out['data'] if m.startswith('image/') and 'fig-alt' in o}
+    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter.raw_template = CELL_TEMPLATE
+    exporter.register_filter('markdown2html', lambda text: MarkdownWithMath(renderer=renderer).render(text))
+    body, _ = exporter.from_notebook_node(nb)
+    return re.sub(r'(href=")([\w-]+)\.(?:ipynb|qmd)(?=[#"])', r'\1\2.html', body), renderer.headings
+
+# %% ../nbs/92_publish.ipynb #style
+STYLE = """
+:root { --text: #1c2430; --soft: #5b6676; --line: #dfe3e8; --page: #fff; --panel: #f6f7f9; --link: #0b5fb0; --mark: #fff3c4; color-scheme: light }
+:root[data-theme=dark] { --text: #dfe5ec; --soft: #98a4b3; --line: #323a45; --page: #15191f; --panel: #1d232b; --link: #7db7f5; --mark: #4d4420; color-scheme: dark }
+* { box-sizing: border-box } html { scroll-padding-top: 4rem }
+body { margin: 0; font: 17px/1.62 system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif; color: var(--text); background: var(--page) }
+a { color: var(--link); text-decoration: none } a:hover { text-decoration: underline } a:focus-visible, button:focus-visible, summary:focus-visible, input:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
+.skip { position: absolute; left: -99rem } .skip:focus { left: 1rem; top: .5rem; z-index: 9; background: var(--page); padding: .3rem .6rem }
+header { position: sticky; top: 0; z-index: 5; display: flex; gap: .6rem; align-items: center; height: 3.2rem; padding: 0 1rem; background: var(--page); border-bottom: 1px solid var(--line) }
+header .title { font-weight: 650; color: var(--text); margin-right: auto; white-space: nowrap }
+button, header input { font: inherit; font-size: .9rem; color: var(--text); background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; padding: .25rem .6rem } header input { flex: 0 1 14rem; min-width: 4rem } header button { flex: none } #menu { display: none }
+.grid { display: grid; grid-template-columns: 17rem minmax(0, 1fr) 14rem; max-width: 92rem; margin: 0 auto }
+.side { position: sticky; top: 3.2rem; align-self: start; max-height: calc(100vh - 3.2rem); overflow: auto; padding: 1.4rem 1rem 2rem; font-size: .88rem; line-height: 1.4 }
+.side p { margin: 1.1rem 0 .3rem; font-weight: 650; color: var(--soft); font-size: .78rem; letter-spacing: .03em } .side a { display: block; padding: .22rem .5rem; color: var(--text); border-radius: .35rem } .side a[aria-current] { background: var(--panel); font-weight: 600; color: var(--link) } .side i { font-style: normal; color: var(--soft); font-size: .8em; margin-right: .35em } .side a.deep { padding-left: 1.2rem; color: var(--soft) }
+main { min-width: 0; max-width: 48rem; width: 100%; margin: 0 auto; padding: 1.6rem 1.4rem 3rem; overflow-wrap: break-word }
+h1 { font-size: 2.05rem; line-height: 1.2; margin: .6rem 0 .9rem; letter-spacing: -.01em } h2 { font-size: 1.4rem; line-height: 1.3; margin: 2.4rem 0 .7rem } h3 { font-size: 1.1rem; margin: 1.8rem 0 .5rem }
+blockquote { margin: 0 0 1.4rem; color: var(--soft); font-size: 1.08rem } blockquote p { margin: 0 }
+"""
+
+# %% ../nbs/92_publish.ipynb #style-cells
+STYLE += """
+code, pre { font: .86em/1.5 ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace } :not(pre) > code { background: var(--panel); padding: .1em .3em; border-radius: .25em }
+pre { margin: 0; overflow-x: auto; font-size: .8rem } .highlight, .output_text { background: var(--panel); border-radius: .4rem; padding: .7rem .9rem } .highlight .highlight { padding: 0 } .output_text { background: none; border-left: 3px solid var(--line); border-radius: 0; padding: .2rem .9rem }
+details.code { margin: 1rem 0 } details.code > summary { color: var(--soft); font-size: .78rem; cursor: pointer; margin-bottom: .3rem } details.code[open] > summary { opacity: .75 }
+figure { margin: 1rem 0; overflow-x: auto } figcaption, .caption { color: var(--soft); font-size: .88rem; margin-top: .4rem } img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem } .output_subarea { overflow-x: auto }
+table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; margin: .8rem 0; display: block; overflow-x: auto; max-width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal } th { font-weight: 650; border-bottom-width: 2px } table:has(th:nth-child(8)) { font-size: .76rem } table:has(th:nth-child(8)) :is(th, td) { padding: .3rem .4rem }
+.formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.06em }
+details:not(.code), div[class*=callout] { border: 1px solid var(--line); border-left: 4px solid var(--link); border-radius: .4rem; padding: .6rem 1rem; margin: 1rem 0 } details:not(.code) > summary, .box-title { cursor: pointer; font-weight: 600; margin: 0 } .box-title { cursor: auto }
+.reference { padding-left: 1.6rem; text-indent: -1.6rem } main h2[id]:target, main h3[id]:target, .reference:target { background: var(--mark) }
+.turn { display: flex; justify-content: space-between; gap: 1rem; margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line) } .turn a:last-child { margin-left: auto; text-align: right }
+footer { border-top: 1px solid var(--line); color: var(--soft); font-size: .82rem; padding: 1.2rem 1.4rem; display: flex; flex-wrap: wrap; gap: .4rem 2rem; justify-content: space-between }
+#found { position: absolute; right: 1rem; top: 3rem; width: min(34rem, calc(100vw - 2rem)); max-height: 75vh; overflow: auto; background: var(--page); border: 1px solid var(--line); border-radius: .5rem; box-shadow: 0 .6rem 2rem #0003; font-size: .86rem } #found a, #found p { display: block; margin: 0; padding: .5rem .9rem; color: var(--text); border-bottom: 1px solid var(--line) } #found a:hover, #found a:focus { background: var(--panel); text-decoration: none } #found span { display: block; color: var(--soft) } [hidden] { display: none !important }
+@media (max-width: 75rem) { .grid { grid-template-columns: 16rem minmax(0, 1fr) } .toc { display: none } }
+@media (max-width: 52rem) { body { font-size: 16px } .grid { display: block } #menu { display: block } .side { display: none; position: static; max-height: none; border-bottom: 1px solid var(--line) } .side.open { display: block } .toc.open { display: none } h1 { font-size: 1.7rem } main { padding: 1rem 1rem 2.5rem } header { padding: 0 .7rem; gap: .4rem } }
+@media print { header, .side, .turn { display: none } .grid { display: block } }
+"""
+
+# %% ../nbs/92_publish.ipynb #script
+SCRIPT = """
+const root = document.documentElement, by = id => document.getElementById(id);
+by('theme').onclick = () => { root.dataset.theme = root.dataset.theme == 'dark' ? 'light' : 'dark'; try { localStorage.theme = root.dataset.theme } catch { } };
+by('menu').onclick = e => e.target.setAttribute('aria-expanded', document.querySelector('.side').classList.toggle('open'));
+const box = by('search'), found = by('found');
+const load = () => window.SECTIONS ? Promise.resolve() : new Promise(done => { const s = document.createElement('script'); s.src = 'search.js'; s.onload = done; document.head.append(s) });
+const show = async () => {
+  const words = box.value.toLowerCase().split(/\\s+/).filter(w => w);
+  found.hidden = !words.length; found.replaceChildren();
+  if (!words.length) return;
+  await load();
+  const score = s => words.every(w => (s.page + ' ' + s.head + ' ' + s.text).toLowerCase().includes(w)) ? words.filter(w => s.head.toLowerCase().includes(w)).length + 1 : 0;
+  const hits = window.SECTIONS.map(s => [score(s), s]).filter(h => h[0]).sort((a, b) => b[0] - a[0]).slice(0, 15);
+  for (const [, s] of hits) {
+    const a = document.createElement('a'), where = document.createElement('strong'), text = document.createElement('span'), at = Math.max(0, s.text.toLowerCase().indexOf(words[0]) - 40);
+    a.href = s.url; where.textContent = s.head == s.page ? s.page : s.page + ': ' + s.head; text.textContent = (at ? '... ' : '') + s.text.slice(at, at + 150); a.append(where, text); found.append(a);
+  }
+  if (!hits.length) { const p = document.createElement('p'); p.textContent = 'nothing found'; found.append(p) }
+};
+box.oninput = show; box.onfocus = load;
+document.addEventListener('keydown', e => {
+  if (e.key == 'Escape') { found.hidden = true; box.blur() }
+  if (e.key == '/' && !/INPUT|TEXTAREA|SELECT/.test(document.activeElement.tagName)) { e.preventDefault(); box.focus() }
+});
+document.addEventListener('click', e => { if (!found.contains(e.target) && e.target != box) found.hidden = true });
+"""
+
+# %% ../nbs/92_publish.ipynb #page
+def page_html(page, pages, titles, body, headings, config):
+    "One whole page: head, chapters, text, sections, the way on, licence."
+    book, esc = config['book'], html.escape
+    number = {p.stem: f'<i>{m[1]}</i>' for p in pages if (m := re.match(r'(\d\d|A\d)_', p.stem))}
+    def link(p, **more): return f'<a href="{p.html}"{"".join(f" {k}={v}" for k, v in more.items())}>{number.get(p.stem, "")}{titles[p.stem]}</a>'
+    side, part = [], ''
+    for p in pages:
+        if p.part != part: side.append(f'<p>{esc(p.part)}</p>'); part = p.part
+        side.append(link(p, **({'aria-current': 'page'} if p is page else {})))
+    i = pages.index(page)
+    turn = (f'<a href="{pages[i - 1].html}" rel="prev">&larr; {titles[pages[i - 1].stem]}</a>' if i else '') + (f'<a href="{pages[i + 1].html}" rel="next">{titles[pages[i + 1].stem]} &rarr;</a>' if i + 1 < len(pages) else '')
+    toc = ''.join(f'<a href="#{name}"{" class=deep" if level > 2 else ""}>{text}</a>' for level, name, text in headings if level == 2 or (level == 3 and len(headings) < 40))
+    edit = f'<a href="{book["repo-url"].rstrip("/")}/edit/{book.get("repo-branch", "main")}/{book.get("repo-subdir", "nbs")}/{page.file}">Edit this page</a>' if 'repo-url' in book and page.stem not in MADE else ''
+    foot = book.get('page-footer', '')
+    foot = '<span>' + '</span><span>'.join(esc(x) for x in (foot.values() if isinstance(foot, dict) else [foot]) if isinstance(x, str)) + '</span>'
+    title = re.sub(r'<[^>]+>', '', titles[page.stem])
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title if page is pages[0] else f'{title} | {esc(book["title"])}'}</title><meta name="description" content="{esc(book.get('subtitle', book['title']))}"><link rel="stylesheet" href="style.css">
+<script>try {{ document.documentElement.dataset.theme = localStorage.theme }} catch {{ }} if (!/^(light|dark)$/.test(document.documentElement.dataset.theme)) document.documentElement.dataset.theme = matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light'</script></head>
+<body><a class="skip" href="#text">to the text</a><header><button id="menu" aria-expanded="false" aria-controls="chapters">Chapters</button><a class="title" href="{pages[0].html}">{esc(book['title'])}</a><input id="search" type="search" placeholder="Search ( / )" aria-label="Search the book"><button id="theme" aria-label="light or dark">&#9680;</button><div id="found" hidden></div></header>
+<div class="grid"><nav class="side" id="chapters" aria-label="Chapters">{"".join(side)}</nav><main id="text">{body}
+<nav class="turn" aria-label="Previous and next">{turn}</nav></main><nav class="side toc" aria-label="On this page">{toc}</nav></div>
+<footer>{foot}{edit}</footer><script src="script.js"></script></body></html>
+"""
+
+# %% ../nbs/92_publish.ipynb #checks
+def check_page(name, soup):
+    "Sentences on what is wrong inside one page (a BeautifulSoup)."
+    main = soup.find('main') or soup
+    levels = [int(h.name[1]) for h in main.find_all(re.compile('^h[1-6]$'))]
+    problems = [] if levels.count(1) == 1 and levels[0] == 1 else [f'{name} has {levels.count(1)} headings of level 1, expected one at the top']
+    problems += [f'{name}: a heading of level {b} follows one of level {a}' for a, b in zip(levels, levels[1:]) if b > a + 1][:1]
+    problems += [f'{name}: a picture has no alternative text' for img in main.find_all('img') if not (img.get('alt') or '').strip()][:1]
+    ids = [t['id'] for t in soup.find_all(id=True)]
+    problems += [f'{name}: the identifier {i} stands twice' for i in sorted({i for i in ids if ids.count(i) > 1})][:1] if len(ids) != len(set(ids)) else []
+    problems += [f'{name} shows a directive: {m[0].strip()[:60]}' for pre in main.find_all('pre') for m in [re.search(r'^\s*#\|.*$', pre.get_text(), re.M)] if m][:1]
+    words = ' '.join(t for t in main.find_all(string=True) if ':::' in t and not t.find_parent(['pre', 'code', 'script', 'style', 'textarea']))
+    return problems + ([f'{name} shows a raw box mark: {words.strip()[:60]}'] if words else [])
+
+# %% ../nbs/92_publish.ipynb #check-pages
+def check_pages(folder, pages, limit_mb=25):
+    "Sentences on what is wrong with the rendered pages in `folder`; an empty list if nothing is."
+    from bs4 import BeautifulSoup
+    folder = Path(folder)
+    soups = {p.relative_to(folder).as_posix(): BeautifulSoup(p.read_text(encoding='utf8'), 'html.parser') for p in sorted(folder.rglob('*.html'))}
+    problems = [f'{p.html} is missing' for p in pages if p.html not in soups]
+    anchors = {name: {t[k] for k in ('id', 'name') for t in s.find_all(attrs={k: True})} for name, s in soups.items()}
+    for name, soup in soups.items():
+        if any(p.html == name for p in pages): problems += check_page(name, soup)
+        for t in soup.find_all(['a', 'link', 'img', 'script', 'source', 'iframe']):
+            link = t.get('href') or t.get('src') or ''
+            if not link or link == '#' or re.match(r'[a-zA-Z][\w+.-]*:|//', link): continue
+            path, _, anchor = unquote(link).partition('#')
+            target = (folder / name).parent / path.split('?')[0] if path else folder / name
+            if target.is_dir(): target = target / 'index.html'
+            try: key = target.resolve().relative_to(folder.resolve()).as_posix()
+            except ValueError: problems.append(f'{name} links out of the book: {link}'); continue
+            if not target.exists(): problems.append(f'{name} links to {link}, which is not there')
+            elif anchor and key in anchors and anchor not in anchors[key]: problems.append(f'{name} links to {link}, and {key} has no such place')
+    size = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 1e6
+    return problems + ([f'the pages weigh {size:.1f} MB, at most {limit_mb} are wanted'] if size > limit_mb else [])
+
+# %% ../nbs/92_publish.ipynb #search
+def sections(name, page_title, body):
+    "The sections of a page as dicts for the search: `page`, `head`, `url`, `text` (prose and tables, no code)."
+    from bs4 import BeautifulSoup
+    out = []
+    for t in BeautifulSoup(body, 'html.parser').find_all(['h1', 'h2', 'h3', 'p', 'li', 'td']):
+        text = ' '.join(t.get_text(' ').split())
+        if t.name[0] == 'h': out.append({'page': page_title, 'head': text, 'url': f'{name}#{t.get("id", "")}', 'text': ''})
+        elif out and len(out[-1]['text']) < 3000: out[-1]['text'] += f'{text} '
+    return out
+
+# %% ../nbs/92_publish.ipynb #render-html
+def render_html(books, pages, config, entries, folder):
+    "Write the pages to `folder` without Quarto; `books`: `{stem: prepared notebook}`."
+    from pygments.formatters import HtmlFormatter
+    labels, done = label_numbers(books), {p.stem: None for p in pages}
+    for p in pages: done[p.stem] = page_body(books[p.stem], p.stem, labels, entries)
+    titles = {stem: next((text for level, _, text in headings if level == 1), stem) for stem, (_, headings) in done.items()}
+    for p in pages: write_atomic(folder / p.html, page_html(p, pages, titles, *done[p.stem], config))
+    dark = HtmlFormatter(style='github-dark').get_style_defs(':root[data-theme=dark] .highlight')
+    colours = f'{HtmlFormatter(style="friendly").get_style_defs(".highlight")}\n{dark}\n.highlight, :root[data-theme=dark] .highlight {{ background: var(--panel) }}'
+    write_atomic(folder / 'style.css', f'{colours}\n{STYLE}')
+    write_atomic(folder / 'script.js', SCRIPT)
+    found = [s for p in pages for s in sections(p.html, re.sub(r'<[^>]+>', '', html.unescape(titles[p.stem])), done[p.stem][0])]
+    write_atomic(folder / 'search.js', f'window.SECTIONS = {json.dumps(found, ensure_ascii=False)}')
+
+# %% ../nbs/92_publish.ipynb #quarto
+NO_QUARTO = 'quarto is not on the path (get it at https://quarto.org/docs/get-started): the pages are made by nbconvert instead'
+
+def render_quarto(project, folder):
+    "Render the Quarto project `project` and copy its pages to `folder`; an error or a warning is one sentence, the log stays in the project."
+    done = subprocess.run(['quarto', 'render', '.', '--to', 'html'], cwd=project, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    write_atomic(project / 'quarto.log', said)
+    lines = [re.sub(r'\x1b\[[\d;]*m', '', line).strip() for line in said.splitlines() if line.strip()]
+    require(done.returncode == 0, f'quarto could not render the pages: {(lines or ["it said nothing"])[-1]} (all it said is in {project / "quarto.log"})')
+    warned = [line for line in lines if 'WARN' in line]
+    require(not warned, f'quarto gave {len(warned)} warnings, the first: {(warned or [""])[0]} (all are in {project / "quarto.log"})')
+    shutil.copytree(project / '_docs', folder, dirs_exist_ok=True)
+
+# %% ../nbs/92_publish.ipynb #executed
+def executed(path, run, root):
+    "A notebook of `nbs/` (a dict); if it has a parameters cell it is executed on the run first, so that it shows this run."
+    notebook = json.loads(path.read_text())
+    if not any('parameters' in c['metadata'].get('tags', []) for c in notebook['cells']): return notebook
+    import logging, papermill, tempfile
+    from papermill.exceptions import PapermillExecutionError
+    logging.getLogger('papermill').setLevel(logging.ERROR)
+    with kernel_environment(run), tempfile.TemporaryDirectory() as folder:
+        try: papermill.execute_notebook(str(path), f'{folder}/out.ipynb', {'run': str(run)}, kernel_name='python3', progress_bar=False, cwd=str(root))
+        except PapermillExecutionError as e: raise BookError(f'{path.name} fails on {run}: {e.ename}: {(e.evalue.splitlines() or [""])[0]}') from None
+        finally: (run / '.progress').unlink(missing_ok=True)
+        return json.loads(Path(folder, 'out.ipynb').read_text())
+
+# %% ../nbs/92_publish.ipynb #differing
+def differing(root, sources):
+    "Chapters whose code is not the code that ran."
+    code = lambda path: [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code' and not {'parameters', 'injected-parameters'} & set(c['metadata'].get('tags', []))]
+    return [stem for stem, path in sources.items() if path.parent.name != 'nbs' and code(path) != code(root / 'nbs' / path.name)]
+
+# %% ../nbs/92_publish.ipynb #books
+def prepared_books(root, run, config, pages):
+    "`{stem: prepared notebook}` of every page, the made ones included, linked with each other."
+    sources = page_sources(root, run, pages)
+    raw = {stem: executed(path, run, root) if path.parent.name == 'nbs' else json.loads(path.read_text()) for stem, path in sources.items()}
+    modules = {stem: e for stem, b in raw.items() if (e := exported(b))}
+    books, owners = {stem: prepare(b, root) for stem, b in raw.items()}, {}
+    for module, names in modules.values():
+        for name in names: owners.setdefault(name, []).append(module)
+    reference = any(p.stem == 'api' for p in pages)
+    for stem, (module, names) in modules.items() if reference else ():
+        link_names(books[stem], owners, module)
+        listed = ', '.join(f'[`{n}`](api.qmd#{module}-{n})' for n in names)
+        books[stem]['cells'].append({'cell_type': 'markdown', 'id': 'exports', 'metadata': {}, 'source': f'## In the package\n\n`atari_hrvq.{module}` holds {listed}.'})
+    link_cells(books)
+    by_stem = {p.stem: p for p in pages}
+    made = {'api': lambda: api_page([(m, names, by_stem[stem]) for stem, (m, names) in modules.items()]), 'references': lambda: '# References {.unnumbered}\n\n::: {#refs}\n:::\n'}
+    for stem in made:
+        if stem in by_stem: books[stem] = {'nbformat': 4, 'nbformat_minor': 5, 'metadata': {}, 'cells': [{'cell_type': 'markdown', 'id': 'page', 'metadata': {}, 'source': made[stem]()}]}
+    return books, sources
+
+# %% ../nbs/92_publish.ipynb #write-project
+def write_project(project, root, books, pages):
+    "A Quarto project of the prepared notebooks, ready for `quarto render` and `quarto publish`."
+    shutil.rmtree(project, ignore_errors=True)
+    for p in pages:
+        b = books[p.stem]
+        head = '---\nnocite: |\n  @*\n---\n\n' if p.stem == 'references' else ''
+        write_atomic(project / p.file, head + b['cells'][0]['source'] if p.stem in MADE else json.dumps(b, indent=1, ensure_ascii=False))
+    for name in ('_quarto.yml', 'references.bib'):
+        if (root / name).exists(): write_atomic(project / name, (root / name).read_bytes())
+
+# %% ../nbs/92_publish.ipynb #publish
+def publish(run, out='_docs', root=None, log=None):
+    """Make the book's pages in `out` from a finished run: by Quarto, or by nbconvert where there is no Quarto; returns the folder.
+
+    Beside `out` a Quarto project `_proc/` is left. The pages are checked first; with a problem the old ones stay and `BookError` names it."""
+    log, root, run, out = log or sys.stderr, Path(root or repo_root()).absolute(), Path(run).absolute(), Path(out).absolute()
+    require(not out.is_file() and (not out.exists() or not any(out.iterdir()) or (out / 'search.js').exists() or (out / 'search.json').exists()),
+            f'{out} holds something that is no page set of this book: choose another --out')
+    for m in ('nbdev', 'nbconvert', 'bs4', 'latex2mathml', 'yaml'): require(find_spec(m), f'publishing needs {m}: install the extra (pip install "atari-hrvq[docs]")')
+    config = book_config(root)
+    pages, project, fresh = listed_pages(config), out.parent / '_proc', out.with_name(f'.{out.name}.new')
+    books, sources = prepared_books(root, run, config, pages)
+    changed = differing(root, sources)
+    if changed: print(f'the code of {", ".join(changed)} has changed since it ran in {run}: the pages show what ran', file=log)
+    write_project(project, root, books, pages)
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        if shutil.which('quarto'): render_quarto(project, fresh)
+        else:
+            print(NO_QUARTO, file=log)
+            bib = root / 'references.bib'
+            render_html(books, pages, config, read_bib(bib.read_text(encoding='utf8')) if bib.exists() else {}, fresh)
+        problems = check_pages(fresh, pages)
+        require(not problems, f'the pages have {len(problems)} problem{"s" * (len(problems) > 1)}, so those of last time stay: {"; ".join(problems[:5])}{" ..." * (len(problems) > 5)}')
+        shutil.rmtree(out, ignore_errors=True)
+        fresh.rename(out)
+    finally: shutil.rmtree(fresh, ignore_errors=True)
+    print(f'{len(pages)} pages, {sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 1e6:.1f} MB: open {out / "index.html"}', file=log)
+    return out

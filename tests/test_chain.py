@@ -96,7 +96,7 @@ def test_disk_full_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
     assert (tmp_path / 'manifest.json').read_bytes() == before and not list(tmp_path.rglob('*.tmp'))
 
 
-@pytest.mark.parametrize('command', [[], ['run'], ['status'], ['claims'], ['bench'], ['outputs'], ['ship'], ['play']])
+@pytest.mark.parametrize('command', [[], ['run'], ['status'], ['claims'], ['bench'], ['outputs'], ['ship'], ['play'], ['publish']])
 def test_help_everywhere(command, capsys):
     with pytest.raises(SystemExit) as e: cli.main([*command, '--help'])
     assert e.value.code == 0 and 'usage: atari-hrvq' in capsys.readouterr().out

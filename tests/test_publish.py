@@ -1,0 +1,201 @@
+"""publish: pages of a small book, by nbconvert and by a stand-in for Quarto; every page is checked, every mistake is one sentence."""
+import hashlib
+import json
+import os
+import re
+import nbformat
+import pytest
+from conftest import ROOT
+from atari_hrvq import cli, publish as P
+from atari_hrvq.core import BookError, write_json
+
+v4 = nbformat.v4
+DOT = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
+MARK = '#' + '|'                                                     # the sign of a directive, which this file must not hold at the head of a line
+CONFIG = """
+project: {type: book, output-dir: _docs}
+book:
+  title: Small
+  subtitle: a book
+  chapters: [index.ipynb, 00_core.ipynb, {part: See, chapters: [01_frames.ipynb]}, references.qmd]
+  appendices: [api.qmd]
+  page-footer: {left: Apache-2.0}
+"""
+BIB = "@article{oe2019dots, title={{Dots}}, author={van Oe, J. and Wu, L. and Li, M.}, year={2019}, eprint={1901.00001}}\n"
+
+
+def notebook(*cells): return v4.new_notebook(cells=list(cells), metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}})
+def md(text, id): return v4.new_markdown_cell(text, id=id)
+def code(text, id, outputs=(), tags=()): return v4.new_code_cell(text, id=id, outputs=list(outputs), metadata={'tags': list(tags)} if tags else {})
+def show(**data): return v4.new_output('display_data', {k.replace('_', '/', 1): v for k, v in data.items()})
+
+
+def frames(outputs=True, extra=''):
+    done = lambda *o: o if outputs else ()
+    widget = v4.new_output('display_data', {'application/vnd.jupyter.widget-view+json': {'model_id': 'x'}, 'text/html': '<b id="twin">twin</b>', 'text/plain': 'W'})
+    return notebook(
+        md('# Frames\n\n> What is seen.\n\nSee @oe2019dots, [@oe2019dots], @fig-dot and [the tools](00_core.ipynb#the-tools). `fit` trains: $a_t < b$.' + extra, 'title'),
+        code(f'{MARK} default_exp frames', 'exp'), code(f'{MARK} export\nimport json', 'imports'),
+        md('## The picture\n\nIt is dark. A dot is in the middle.', 'picture-md'),
+        code(f'{MARK} label: fig-dot\n{MARK} fig-cap: "A dot."\nplot()', 'picture', done(show(image_png=DOT), v4.new_output('stream', name='stderr', text='noise'))),
+        code('plot(again)', 'again', done(show(image_png=DOT))),
+        code('run = "runs/smoke"', 'parameters', tags=['parameters']), code('# Parameters\nrun = "/some/machine/runs/mine"', 'injected', tags=['injected-parameters']),
+        code('print(run)', 'where', done(v4.new_output('stream', name='stdout', text='/some/machine/runs/mine/x'))),
+        code('widget', 'widget', done(widget)),
+        code(f'{MARK} hide\nsecret = 1', 'hidden'),
+        md('### Deeper\n\n$$\\sum_i x_i$$ {#eq-sum}\n\nSum is @eq-sum.\n\n::: {.callout-tip collapse="true" title="Solution"}\nForty-two.\n:::', 'deeper'))
+
+
+@pytest.fixture
+def book(tmp_path):
+    "`(root, run)` of a checkout with four pages and one finished stage."
+    root, run = tmp_path / 'book', tmp_path / 'mine'
+    for d in (root / 'nbs', run / 'notebooks'): d.mkdir(parents=True)
+    (root / '_quarto.yml').write_text(CONFIG); (root / 'references.bib').write_text(BIB)
+    nbformat.write(notebook(md('# Small\n\nThe [first](01_frames.ipynb#the-picture).', 'title'), code('1', 'one', [show(text_markdown='| where |\n|---|\n| 01_frames where |')])), root / 'nbs' / 'index.ipynb')
+    nbformat.write(notebook(md('# Core\n\n## The tools', 'title'), code(f'{MARK} default_exp core', 'exp'), code(f'{MARK} export\ndef fit(): pass', 'fit')), root / 'nbs' / '00_core.ipynb')
+    nbformat.write(frames(outputs=False), root / 'nbs' / '01_frames.ipynb')
+    nbformat.write(frames(), run / 'notebooks' / '01_frames.ipynb')
+    write_json(run / 'manifest.json', {'stages': {'01_frames': {'state': 'done'}}})
+    return root, run
+
+
+@pytest.fixture
+def no_quarto(monkeypatch): monkeypatch.setattr(P.shutil, 'which', lambda name: None)
+
+
+def hashes(folder): return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+def test_pages_without_quarto(book, tmp_path, no_quarto, capsys):
+    root, run = book
+    before = {**hashes(root / 'nbs'), **hashes(run)}
+    out = P.publish(run, tmp_path / 'docs', root)
+    assert P.NO_QUARTO in capsys.readouterr().err and {**hashes(root / 'nbs'), **hashes(run)} == before
+    assert sorted(p.name for p in out.iterdir()) == sorted(['00_core.html', '01_frames.html', 'api.html', 'index.html', 'references.html', 'script.js', 'search.js', 'style.css'])
+    page = (out / '01_frames.html').read_text()
+    for absent in (MARK, ':::', 'default_exp', 'noise', '/some/machine', 'widget-view', 'secret', '@oe2019', '@fig', '@eq', '{#'): assert absent not in page, absent
+    for present in ('<h1 id="frames">Frames</h1>', 'references.html#ref-oe2019dots">van Oe et al. (2019)</a>', '(<a href="references.html#ref-oe2019dots">van Oe et al. 2019</a>)',
+                    '00_core.html#the-tools', 'api.html#core-fit"><code>fit</code></a>', '<math', 'alt="A dot."', 'id="fig-dot"', '<figcaption>Figure 1: A dot.</figcaption>', '#fig-dot">Figure 1</a>',
+                    'alt="Figure in the section on The picture. A dot is in the middle."', '<summary>Imports</summary>', '<summary>Parameters of the run</summary>', 'runs/mine/x',
+                    '<b id="twin">twin</b>', '<summary>Solution</summary>', '#eq-sum">Equation 1</a>', 'rel="prev"', 'rel="next"', 'Apache-2.0', 'aria-current=page', 'id="at-where"'):
+        assert present in page, present
+    assert page.index('<summary>Solution</summary>') < page.index('Forty-two.') < page.index('</details>', page.index('Forty-two.'))
+    assert '01_frames.html#at-where' in (out / 'index.html').read_text() and 'id="ref-oe2019dots"' in (out / 'references.html').read_text()
+    assert 'id="core-require"' in (out / 'api.html').read_text() and 'Raise' in (out / 'api.html').read_text()
+    words = json.loads((out / 'search.js').read_text().split('=', 1)[1])
+    assert any(s['head'] == 'The picture' and s['url'] == '01_frames.html#the-picture' and 'dot' in s['text'] for s in words)
+    kept = (tmp_path / '_proc' / '01_frames.ipynb').read_text()
+    assert 'fig-alt' in kept and 'default_exp' not in kept and (tmp_path / '_proc' / '_quarto.yml').read_bytes() == (root / '_quarto.yml').read_bytes()
+    assert P.publish(run, out, root) == out                                     # again, over the pages of last time
+
+
+def change(path, old, new): path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize('damage, expected', [
+    (lambda root, run: (run / 'notebooks' / '01_frames.ipynb').unlink(), 'is not finished, it lacks 01_frames: end it first'),
+    (lambda root, run: write_json(run / 'manifest.json', {'stages': {'01_frames': {'state': 'failed'}}}), 'is not finished, it lacks 01_frames'),
+    (lambda root, run: (run / 'manifest.json').unlink(), 'is not a run of the chain'),
+    (lambda root, run: change(root / '_quarto.yml', '00_core.ipynb', '14_more.ipynb'), r'_quarto.yml lists 14_more.ipynb, which is not in nbs/'),
+    (lambda root, run: change(root / '_quarto.yml', 'chapters: [index', 'chapters: [[index'), 'is not YAML'),
+    (lambda root, run: (root / '_quarto.yml').unlink(), 'does not exist: publish from a checkout'),
+    (lambda root, run: change(run / 'notebooks' / '01_frames.ipynb', '[@oe2019dots]', '[@nn2020none]'), 'the citation @nn2020none is not in references.bib'),
+    (lambda root, run: change(run / 'notebooks' / '01_frames.ipynb', '@fig-dot', '@fig-none'), 'refers to @fig-none, and nothing carries that label'),
+    (lambda root, run: change(run / 'notebooks' / '01_frames.ipynb', '#the-tools', '#the-toys'), '1 problem, .*01_frames.html links to 00_core.html#the-toys, and 00_core.html has no such place'),
+    (lambda root, run: change(run / 'notebooks' / '01_frames.ipynb', '00_core.ipynb#the-tools', 'gone.html'), 'links to gone.html, which is not there'),
+    (lambda root, run: change(run / 'notebooks' / '01_frames.ipynb', '### Deeper', '##### Deeper'), 'a heading of level 5 follows one of level 2'),
+    (lambda root, run: change(run / 'notebooks' / '01_frames.ipynb', '":::"', '""'), 'is never closed'),
+    (lambda root, run: change(run / 'notebooks' / '01_frames.ipynb', '# Frames', 'Frames'), '0 headings of level 1'),
+    (lambda root, run: change(run / 'notebooks' / '01_frames.ipynb', '$a_t < b$', '$\\\\frac$'), 'a formula cannot be read'),
+    (lambda root, run: change(root / 'references.bib', '2019}', '2019'), 'a brace is not closed')])
+def test_mistakes_are_one_sentence_and_the_old_pages_stay(damage, expected, book, tmp_path, no_quarto, capsys, monkeypatch):
+    root, run = book
+    monkeypatch.setattr(P, 'repo_root', lambda: root)
+    out = tmp_path / 'docs'; out.mkdir(); (out / 'search.js').write_text('old')
+    damage(root, run)
+    assert cli.main(['publish', '--run', str(run), '--out', str(out)]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith('atari-hrvq: ') and re.search(expected, last), last
+    assert [p.name for p in out.iterdir()] == ['search.js'] and not (tmp_path / '.docs.new').exists()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(book, tmp_path, no_quarto):
+    with pytest.raises(BookError, match='holds something that is no page set of this book'): P.publish(book[1], book[0], book[0])
+    assert (book[0] / 'nbs' / 'index.ipynb').exists()
+
+
+def test_changed_chapters_are_named(book, tmp_path, no_quarto, capsys):
+    change(book[0] / 'nbs' / '01_frames.ipynb', 'plot(again)', 'plot(more)')
+    P.publish(book[1], tmp_path / 'docs', book[0])
+    assert 'the code of 01_frames has changed since it ran' in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ with (a stand-in for) Quarto
+
+QUARTO = """#!/bin/sh
+test "$1 $2 $3 $4" = 'render . --to html' && test -f _quarto.yml || exit 9
+mkdir -p _docs
+for p in index 00_core 01_frames references api; do echo "<main><h1 id=top>$p</h1></main>" > _docs/$p.html; done
+{more}
+"""
+
+
+@pytest.mark.parametrize('more, expected', [
+    ('', None), ('echo "WARN: unable to resolve"', 'quarto gave 1 warnings, the first: WARN: unable to resolve'), ('echo "ERROR: no engine"; exit 1', 'quarto could not render the pages: ERROR: no engine'),
+    ('rm _docs/api.html', '1 problem, .*api.html is missing')], ids=['well', 'warning', 'error', 'page-missing'])
+def test_quarto(more, expected, book, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'bin').mkdir(); (tmp_path / 'bin' / 'quarto').write_text(QUARTO.format(more=more)); (tmp_path / 'bin' / 'quarto').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path / "bin"}{os.pathsep}{os.environ["PATH"]}')
+    if expected:
+        with pytest.raises(BookError, match=expected): P.publish(book[1], tmp_path / 'docs', book[0])
+    else:
+        out = P.publish(book[1], tmp_path / 'docs2', book[0])
+        assert '01_frames' in (out / '01_frames.html').read_text() and P.NO_QUARTO not in capsys.readouterr().err
+        assert (tmp_path / '_proc' / 'references.qmd').read_text().startswith('---\nnocite:')
+
+
+# ------------------------------------------------------------------ the checks, one by one
+
+def page(body, head='<h1 id="a">A</h1>'): return f'<html><body><main>{head}{body}</main></body></html>'
+
+
+@pytest.mark.parametrize('body, expected', [
+    ('<a href="#a">up</a><a href="https://example.org/x">out</a><a href="sub/b.html#b">b</a><a href="#">top</a>', None),
+    ('<a href="b.html">b</a>', 'links to b.html, which is not there'), ('<a href="sub/b.html#c">b</a>', 'and sub/b.html has no such place'), ('<a href="../x.html">x</a>', 'links out of the book'),
+    ('<img src="gone.png" alt="x">', 'links to gone.png, which is not there'), ('<img src="data:," alt=" ">', 'a picture has no alternative text'),
+    ('<h4>deep</h4>', 'a heading of level 4 follows one of level 1'), ('<h1>B</h1>', '2 headings of level 1'), ('<p id="a">twice</p>', 'the identifier a stands twice'),
+    (f'<pre><span>{MARK}</span> export</pre>', 'shows a directive'), ('<p>::: box</p>', 'shows a raw box mark'), ('<pre>x = "' + ':::"</pre>', None), ('<script src="x.js"></script>', 'links to x.js, which is not there')])
+def test_checks(body, expected, tmp_path):
+    (tmp_path / 'sub').mkdir(); (tmp_path / 'sub' / 'b.html').write_text('<p id="b">b</p>'); (tmp_path / 'a.html').write_text(page(body))
+    found = P.check_pages(tmp_path, [P.Page('a.ipynb', '')])
+    assert len(found) == bool(expected) and (not expected or expected in found[0]), found
+
+
+def test_weight(tmp_path):
+    (tmp_path / 'a.html').write_text(page('x' * 20_000))
+    assert P.check_pages(tmp_path, [], limit_mb=.01) == ['the pages weigh 0.0 MB, at most 0.01 are wanted']
+
+
+def test_the_configuration_of_this_book():
+    config = P.book_config(ROOT)
+    pages = P.listed_pages(config)
+    assert pages[0].file == 'index.ipynb' and {'api.qmd', 'references.qmd'} <= {p.file for p in pages} and {'A1_foundation.ipynb', 'A2_ablations.ipynb'} <= {p.file for p in pages if p.part == 'Appendices'}
+    assert config['project']['output-dir'] == '_docs' and set(config['format']['html']['theme']) == {'light', 'dark'} and config['execute'] == {'enabled': False}
+    entries = P.read_bib((ROOT / 'references.bib').read_text())
+    assert len(entries) > 40 and all({'title', 'author', 'year'} <= set(e) and not re.search(r'[{}\\]', ' '.join(e.values())) for e in entries.values())
+
+
+# ------------------------------------------------------------------ the results table
+
+def test_claims_into_a_file(tmp_path, capsys):
+    write_json(tmp_path / 'claims.json', [{'id': 'E1', 'claim': 'it dreams', 'original': 'yes', 'ours': .5, 'interval': [.4, .6], 'null': .1, 'verdict': 'reproduced', 'seeds': 1, 'frames': 9, 'chapter': '08_dream', 'cell': None}])
+    write_json(tmp_path / 'run.json', {'profile': 'laptop', 'games': ['pong'], 'seed': 3})
+    readme = tmp_path / 'R.md'
+    readme.write_text(f'before\n{P.MARKERS[0]}\nold\n{P.MARKERS[1]}\nafter\n')
+    for _ in range(2): assert cli.main(['claims', str(tmp_path), '--into', str(readme)]) == 0
+    text = readme.read_text()
+    assert '| it dreams | yes | 0.5 (0.4 to 0.6) | 0.1 | reproduced |' in text and 'profile `laptop`, games pong, seed 3' in text and 'old' not in text and text.startswith('before\n') and text.endswith('after\n')
+    assert cli.main(['claims', str(tmp_path), '--markdown']) == 0 and '| it dreams |' in capsys.readouterr().out
+    for arguments, expected in ((['--into', str(tmp_path / 'none.md')], 'does not exist'), (['--into', str(tmp_path / 'run.json')], 'does not hold the lines'), (['--json', '--markdown'], 'give one of')):
+        assert cli.main(['claims', str(tmp_path), *arguments]) == 2 and expected in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 import atari_hrvq
-from .book import STAGES, check_files, clock, hardware, kernel_environment, repo_root, versions
+from .book import STAGES, check_files, clock, hardware, kernel_environment, logged_kernel, repo_root, versions
 from .core import BookError, read_json, require, write_atomic
 
 # %% auto #0
@@ -688,18 +688,24 @@ def render_quarto(project, folder):
     shutil.copytree(project / '_docs', folder, dirs_exist_ok=True)
 
 # %% ../nbs/92_publish.ipynb #executed
-def executed(path, run, root):
-    "A notebook of `nbs/` (a dict); if it has a parameters cell it is executed on the run first, so that it shows this run."
+def executed(path, run, root, changed=(), log=None):
+    """A notebook of `nbs/` (a dict); if it has a parameters cell it is executed on the run first, so that it shows this run.
+
+    A failure is a `BookError`; if chapters have `changed` since the run, it is a line in `log` and the stored outputs are shown."""
     notebook = json.loads(path.read_text())
     if not any('parameters' in c['metadata'].get('tags', []) for c in notebook['cells']): return notebook
     import logging, papermill, tempfile
     from papermill.exceptions import PapermillExecutionError
     logging.getLogger('papermill').setLevel(logging.ERROR)
     with kernel_environment(run), tempfile.TemporaryDirectory() as folder:
-        try: papermill.execute_notebook(str(path), f'{folder}/out.ipynb', {'run': str(run)}, kernel_name='python3', progress_bar=False, cwd=str(root))
-        except PapermillExecutionError as e: raise BookError(f'{path.name} fails on {run}: {e.ename}: {(e.evalue.splitlines() or [""])[0]}') from None
+        try:
+            papermill.execute_notebook(str(path), f'{folder}/out.ipynb', {'run': str(run)}, kernel_name='python3', progress_bar=False, cwd=str(root), kernel_manager_class=logged_kernel(f'{folder}/log'))
+            return json.loads(Path(folder, 'out.ipynb').read_text())
+        except PapermillExecutionError as e: said = f'{path.name} cannot show {run}: {e.ename}: {(e.evalue.splitlines() or [""])[0]}'
         finally: (run / '.progress').unlink(missing_ok=True)
-        return json.loads(Path(folder, 'out.ipynb').read_text())
+    require(changed, said)
+    print(f'{said} (the page shows the outputs in nbs/)', file=log or sys.stderr)
+    return notebook
 
 # %% ../nbs/92_publish.ipynb #differing
 def differing(root, sources):
@@ -708,10 +714,12 @@ def differing(root, sources):
     return [stem for stem, path in sources.items() if path.parent.name != 'nbs' and code(path) != code(root / 'nbs' / path.name)]
 
 # %% ../nbs/92_publish.ipynb #books
-def prepared_books(root, run, config, pages):
+def prepared_books(root, run, pages, log):
     "`{stem: prepared notebook}` of every page, the made ones included, linked with each other."
     sources = page_sources(root, run, pages)
-    raw = {stem: executed(path, run, root) if path.parent.name == 'nbs' else json.loads(path.read_text()) for stem, path in sources.items()}
+    changed = differing(root, sources)
+    if changed: print(f'the code of {", ".join(changed)} has changed since it ran in {run}: the pages show what ran', file=log)
+    raw = {stem: executed(path, run, root, changed, log) if path.parent.name == 'nbs' else json.loads(path.read_text()) for stem, path in sources.items()}
     modules = {stem: e for stem, b in raw.items() if (e := exported(b))}
     books, owners = {stem: prepare(b, root) for stem, b in raw.items()}, {}
     for module, names in modules.values():
@@ -726,7 +734,7 @@ def prepared_books(root, run, config, pages):
     made = {'api': lambda: api_page([(m, names, by_stem[stem]) for stem, (m, names) in modules.items()]), 'references': lambda: '# References {.unnumbered}\n\n::: {#refs}\n:::\n'}
     for stem in made:
         if stem in by_stem: books[stem] = {'nbformat': 4, 'nbformat_minor': 5, 'metadata': {}, 'cells': [{'cell_type': 'markdown', 'id': 'page', 'metadata': {}, 'source': made[stem]()}]}
-    return books, sources
+    return books
 
 # %% ../nbs/92_publish.ipynb #write-project
 def write_project(project, root, books, pages):
@@ -750,9 +758,7 @@ def publish(run, out='_docs', root=None, log=None):
     for m in ('nbdev', 'nbconvert', 'bs4', 'latex2mathml', 'yaml'): require(find_spec(m), f'publishing needs {m}: install the extra (pip install "atari-hrvq[docs]")')
     config = book_config(root)
     pages, project, fresh = listed_pages(config), out.parent / '_proc', out.with_name(f'.{out.name}.new')
-    books, sources = prepared_books(root, run, config, pages)
-    changed = differing(root, sources)
-    if changed: print(f'the code of {", ".join(changed)} has changed since it ran in {run}: the pages show what ran', file=log)
+    books = prepared_books(root, run, pages, log)
     write_project(project, root, books, pages)
     shutil.rmtree(fresh, ignore_errors=True)
     try:

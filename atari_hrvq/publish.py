@@ -618,7 +618,7 @@ def check_page(name, soup):
     problems = [] if levels.count(1) == 1 and levels[0] == 1 else [f'{name} has {levels.count(1)} headings of level 1, expected one at the top']
     problems += [f'{name}: a heading of level {b} follows one of level {a}' for a, b in zip(levels, levels[1:]) if b > a + 1][:1]
     problems += [f'{name}: a picture has no alternative text' for img in main.find_all('img') if not (img.get('alt') or '').strip()][:1]
-    ids = [t['id'] for t in soup.find_all(id=True)]
+    ids = [t['id'] for t in main.find_all(id=True)]
     problems += [f'{name}: the identifier {i} stands twice' for i in sorted({i for i in ids if ids.count(i) > 1})][:1] if len(ids) != len(set(ids)) else []
     problems += [f'{name} shows a directive: {m[0].strip()[:60]}' for pre in main.find_all('pre') for m in [re.search(r'^\s*#\|.*$', pre.get_text(), re.M)] if m][:1]
     words = ' '.join(t for t in main.find_all(string=True) if ':::' in t and not t.find_parent(['pre', 'code', 'script', 'style', 'textarea']))

@@ -18,10 +18,11 @@ from .core import BookError, read_json, require, write_atomic
 __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'store_outputs', 'ship',
            'model_card', 'module_of', 'results_table', 'write_between', 'Page', 'book_config', 'listed_pages',
            'page_sources', 'processed', 'cell_options', 'fold', 'plain_text', 'alt_text', 'shown', 'forget_paths',
-           'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page', 'outside_code', 'link_names',
-           'link_cells', 'plain_tex', 'read_bib', 'authors_of', 'bibliography', 'cite', 'label_numbers', 'boxes',
-           'translate', 'slug', 'markdown_renderer', 'page_body', 'page_html', 'check_page', 'check_pages', 'sections',
-           'render_html', 'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project', 'publish']
+           'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page', 'outside_code', 'in_prose',
+           'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of', 'bibliography', 'cite', 'label_numbers',
+           'boxes', 'translate', 'slug', 'markdown_renderer', 'page_body', 'page_html', 'check_page', 'check_pages',
+           'sections', 'render_html', 'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project',
+           'publish']
 
 # %% ../nbs/92_publish.ipynb #outputs
 def store_outputs(run, limit=200_000, out=sys.stderr):
@@ -312,6 +313,11 @@ def outside_code(text, change):
     return ''.join(p if i % 2 else change(p) for i, p in enumerate(parts))
 
 # %% ../nbs/92_publish.ipynb #link-names
+def in_prose(source, pattern, change):
+    "Markdown `source` with `re.sub(pattern, change)` where neither code blocks, headings, formulas nor links stand."
+    parts = re.split(r'(```.*?```|^#+ .*?$|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]\n]*\]\([^)\n]*\)|``.+?``)', ''.join(source), flags=re.S | re.M)
+    return ''.join(p if i % 2 else re.sub(pattern, change, p) for i, p in enumerate(parts))
+
 def link_names(book, owners, here):
     "The first mention of each exported name on a page links to the reference; `owners`: `{name: [modules]}`, `here`: the page's module."
     seen = set()
@@ -322,13 +328,12 @@ def link_names(book, owners, here):
         return f'[`{m[1]}`](api.qmd#{here if here in owner else owner[0]}-{m[1]})'
     for c in book['cells']:
         if c['cell_type'] != 'markdown': continue
-        parts = re.split(r'(```.*?```|^#+ .*?$|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]\n]*\]\([^)\n]*\)|``.+?``)', ''.join(c['source']), flags=re.S | re.M)
-        c['source'] = ''.join(p if i % 2 else re.sub(r'`(\w+)`', link, p) for i, p in enumerate(parts))
+        c['source'] = in_prose(c['source'], r'`(\w+)`', link)
     return book
 
 # %% ../nbs/92_publish.ipynb #link-cells
 def link_cells(books):
-    "Where an output names a chapter and a cell (`04_hrvq rate`), link to that cell; cells that are linked get an anchor `at-rate`."
+    "Where an output names a chapter and a cell (`04_hrvq rate`), or prose a cell of its page (`rate-test`), link to that cell, which gets an anchor `at-rate`."
     cells, named = {stem: {c.get('id') for c in b['cells']} for stem, b in books.items()}, set()
     def link(m):
         if m[2] not in cells.get(m[1], ()): return m[0]
@@ -337,6 +342,14 @@ def link_cells(books):
     for b in books.values():
         for o in (o for c in b['cells'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})):
             o['data']['text/markdown'] = re.sub(r'\b((?:\d\d|A\d)_\w+) ([\w-]+)(?= *\|)', link, ''.join(o['data']['text/markdown']))
+    for stem, b in books.items():
+        tests = {c['id'] for c in b['cells'] if c['cell_type'] == 'code' and '-' in c.get('id', '')}
+        def near(m):
+            if m[1] not in tests: return m[0]
+            named.add((stem, m[1]))
+            return f'[`{m[1]}`](#at-{m[1]})'
+        for c in b['cells']:
+            if c['cell_type'] == 'markdown': c['source'] = in_prose(c['source'], r'`([\w-]+)`', near)
     for stem, b in books.items():
         anchor = lambda c: {'cell_type': 'markdown', 'id': f'at-{c["id"]}', 'metadata': {}, 'source': f'<span id="at-{c["id"]}"></span>'}
         b['cells'] = [x for c in b['cells'] for x in ([anchor(c), c] if (stem, c.get('id')) in named else [c])]
@@ -544,7 +557,7 @@ pre { margin: 0; overflow-x: auto; font-size: .8rem } .highlight, .output_text {
 details.code { margin: 1rem 0 } details.code > summary { color: var(--soft); font-size: .78rem; cursor: pointer; margin-bottom: .3rem } details.code[open] > summary { opacity: .75 }
 figure { margin: 1rem 0; overflow-x: auto } figcaption, .caption { color: var(--soft); font-size: .88rem; margin-top: .4rem } img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem } .output_subarea { overflow-x: auto }
 table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; margin: .8rem 0; display: block; overflow-x: auto; max-width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal } th { font-weight: 650; border-bottom-width: 2px } table:has(th:nth-child(8)) { font-size: .76rem } table:has(th:nth-child(8)) :is(th, td) { padding: .3rem .4rem }
-.formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.06em }
+.formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.06em; font-family: 'Latin Modern Math', 'STIX Two Math', 'Cambria Math', 'Libertinus Math', math }
 details:not(.code), div[class*=callout] { border: 1px solid var(--line); border-left: 4px solid var(--link); border-radius: .4rem; padding: .6rem 1rem; margin: 1rem 0 } details:not(.code) > summary, .box-title { cursor: pointer; font-weight: 600; margin: 0 } .box-title { cursor: auto }
 .reference { padding-left: 1.6rem; text-indent: -1.6rem } main h2[id]:target, main h3[id]:target, .reference:target { background: var(--mark) }
 .turn { display: flex; justify-content: space-between; gap: 1rem; margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line) } .turn a:last-child { margin-left: auto; text-align: right }

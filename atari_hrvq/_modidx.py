@@ -484,6 +484,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                     'atari_hrvq.publish.exported': ('publish.html#exported', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.fold': ('publish.html#fold', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.forget_paths': ('publish.html#forget_paths', 'atari_hrvq/publish.py'),
+                                    'atari_hrvq.publish.in_prose': ('publish.html#in_prose', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.label_numbers': ('publish.html#label_numbers', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.link_cells': ('publish.html#link_cells', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.link_names': ('publish.html#link_names', 'atari_hrvq/publish.py'),

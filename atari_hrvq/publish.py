@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 import atari_hrvq
-from .book import STAGES, check_files, clock, hardware, kernel_environment, repo_root, versions
+from .book import STAGES, check_files, clock, hardware, kernel_environment, logged_kernel, repo_root, versions
 from .core import BookError, read_json, require, write_atomic
 
 # %% auto #0
 __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'store_outputs', 'ship',
            'model_card', 'module_of', 'results_table', 'write_between', 'Page', 'book_config', 'listed_pages',
            'page_sources', 'processed', 'cell_options', 'fold', 'plain_text', 'alt_text', 'shown', 'forget_paths',
-           'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page', 'outside_code', 'link_names',
-           'link_cells', 'plain_tex', 'read_bib', 'authors_of', 'bibliography', 'cite', 'label_numbers', 'boxes',
-           'translate', 'slug', 'markdown_renderer', 'page_body', 'page_html', 'check_page', 'check_pages', 'sections',
-           'render_html', 'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project', 'publish']
+           'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page', 'outside_code', 'in_prose',
+           'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of', 'bibliography', 'cite', 'label_numbers',
+           'boxes', 'translate', 'slug', 'markdown_renderer', 'page_body', 'page_html', 'check_page', 'check_pages',
+           'sections', 'render_html', 'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project',
+           'publish']
 
 # %% ../nbs/92_publish.ipynb #outputs
 def store_outputs(run, limit=200_000, out=sys.stderr):
@@ -312,6 +313,11 @@ def outside_code(text, change):
     return ''.join(p if i % 2 else change(p) for i, p in enumerate(parts))
 
 # %% ../nbs/92_publish.ipynb #link-names
+def in_prose(source, pattern, change):
+    "Markdown `source` with `re.sub(pattern, change)` where neither code blocks, headings, formulas nor links stand."
+    parts = re.split(r'(```.*?```|^#+ .*?$|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]\n]*\]\([^)\n]*\)|``.+?``)', ''.join(source), flags=re.S | re.M)
+    return ''.join(p if i % 2 else re.sub(pattern, change, p) for i, p in enumerate(parts))
+
 def link_names(book, owners, here):
     "The first mention of each exported name on a page links to the reference; `owners`: `{name: [modules]}`, `here`: the page's module."
     seen = set()
@@ -322,13 +328,12 @@ def link_names(book, owners, here):
         return f'[`{m[1]}`](api.qmd#{here if here in owner else owner[0]}-{m[1]})'
     for c in book['cells']:
         if c['cell_type'] != 'markdown': continue
-        parts = re.split(r'(```.*?```|^#+ .*?$|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]\n]*\]\([^)\n]*\)|``.+?``)', ''.join(c['source']), flags=re.S | re.M)
-        c['source'] = ''.join(p if i % 2 else re.sub(r'`(\w+)`', link, p) for i, p in enumerate(parts))
+        c['source'] = in_prose(c['source'], r'`(\w+)`', link)
     return book
 
 # %% ../nbs/92_publish.ipynb #link-cells
 def link_cells(books):
-    "Where an output names a chapter and a cell (`04_hrvq rate`), link to that cell; cells that are linked get an anchor `at-rate`."
+    "Where an output names a chapter and a cell (`04_hrvq rate`), or prose a cell of its page (`rate-test`), link to that cell, which gets an anchor `at-rate`."
     cells, named = {stem: {c.get('id') for c in b['cells']} for stem, b in books.items()}, set()
     def link(m):
         if m[2] not in cells.get(m[1], ()): return m[0]
@@ -337,6 +342,14 @@ def link_cells(books):
     for b in books.values():
         for o in (o for c in b['cells'] for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})):
             o['data']['text/markdown'] = re.sub(r'\b((?:\d\d|A\d)_\w+) ([\w-]+)(?= *\|)', link, ''.join(o['data']['text/markdown']))
+    for stem, b in books.items():
+        tests = {c['id'] for c in b['cells'] if c['cell_type'] == 'code' and '-' in c.get('id', '')}
+        def near(m):
+            if m[1] not in tests: return m[0]
+            named.add((stem, m[1]))
+            return f'[`{m[1]}`](#at-{m[1]})'
+        for c in b['cells']:
+            if c['cell_type'] == 'markdown': c['source'] = in_prose(c['source'], r'`([\w-]+)`', near)
     for stem, b in books.items():
         anchor = lambda c: {'cell_type': 'markdown', 'id': f'at-{c["id"]}', 'metadata': {}, 'source': f'<span id="at-{c["id"]}"></span>'}
         b['cells'] = [x for c in b['cells'] for x in ([anchor(c), c] if (stem, c.get('id')) in named else [c])]
@@ -544,7 +557,7 @@ pre { margin: 0; overflow-x: auto; font-size: .8rem } .highlight, .output_text {
 details.code { margin: 1rem 0 } details.code > summary { color: var(--soft); font-size: .78rem; cursor: pointer; margin-bottom: .3rem } details.code[open] > summary { opacity: .75 }
 figure { margin: 1rem 0; overflow-x: auto } figcaption, .caption { color: var(--soft); font-size: .88rem; margin-top: .4rem } img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem } .output_subarea { overflow-x: auto }
 table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; margin: .8rem 0; display: block; overflow-x: auto; max-width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal } th { font-weight: 650; border-bottom-width: 2px } table:has(th:nth-child(8)) { font-size: .76rem } table:has(th:nth-child(8)) :is(th, td) { padding: .3rem .4rem }
-.formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.06em }
+.formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.06em; font-family: 'Latin Modern Math', 'STIX Two Math', 'Cambria Math', 'Libertinus Math', math }
 details:not(.code), div[class*=callout] { border: 1px solid var(--line); border-left: 4px solid var(--link); border-radius: .4rem; padding: .6rem 1rem; margin: 1rem 0 } details:not(.code) > summary, .box-title { cursor: pointer; font-weight: 600; margin: 0 } .box-title { cursor: auto }
 .reference { padding-left: 1.6rem; text-indent: -1.6rem } main h2[id]:target, main h3[id]:target, .reference:target { background: var(--mark) }
 .turn { display: flex; justify-content: space-between; gap: 1rem; margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line) } .turn a:last-child { margin-left: auto; text-align: right }
@@ -618,7 +631,7 @@ def check_page(name, soup):
     problems = [] if levels.count(1) == 1 and levels[0] == 1 else [f'{name} has {levels.count(1)} headings of level 1, expected one at the top']
     problems += [f'{name}: a heading of level {b} follows one of level {a}' for a, b in zip(levels, levels[1:]) if b > a + 1][:1]
     problems += [f'{name}: a picture has no alternative text' for img in main.find_all('img') if not (img.get('alt') or '').strip()][:1]
-    ids = [t['id'] for t in soup.find_all(id=True)]
+    ids = [t['id'] for t in main.find_all(id=True)]
     problems += [f'{name}: the identifier {i} stands twice' for i in sorted({i for i in ids if ids.count(i) > 1})][:1] if len(ids) != len(set(ids)) else []
     problems += [f'{name} shows a directive: {m[0].strip()[:60]}' for pre in main.find_all('pre') for m in [re.search(r'^\s*#\|.*$', pre.get_text(), re.M)] if m][:1]
     words = ' '.join(t for t in main.find_all(string=True) if ':::' in t and not t.find_parent(['pre', 'code', 'script', 'style', 'textarea']))
@@ -688,18 +701,24 @@ def render_quarto(project, folder):
     shutil.copytree(project / '_docs', folder, dirs_exist_ok=True)
 
 # %% ../nbs/92_publish.ipynb #executed
-def executed(path, run, root):
-    "A notebook of `nbs/` (a dict); if it has a parameters cell it is executed on the run first, so that it shows this run."
+def executed(path, run, root, changed=(), log=None):
+    """A notebook of `nbs/` (a dict); if it has a parameters cell it is executed on the run first, so that it shows this run.
+
+    A failure is a `BookError`; if chapters have `changed` since the run, it is a line in `log` and the stored outputs are shown."""
     notebook = json.loads(path.read_text())
     if not any('parameters' in c['metadata'].get('tags', []) for c in notebook['cells']): return notebook
     import logging, papermill, tempfile
     from papermill.exceptions import PapermillExecutionError
     logging.getLogger('papermill').setLevel(logging.ERROR)
     with kernel_environment(run), tempfile.TemporaryDirectory() as folder:
-        try: papermill.execute_notebook(str(path), f'{folder}/out.ipynb', {'run': str(run)}, kernel_name='python3', progress_bar=False, cwd=str(root))
-        except PapermillExecutionError as e: raise BookError(f'{path.name} fails on {run}: {e.ename}: {(e.evalue.splitlines() or [""])[0]}') from None
+        try:
+            papermill.execute_notebook(str(path), f'{folder}/out.ipynb', {'run': str(run)}, kernel_name='python3', progress_bar=False, cwd=str(root), kernel_manager_class=logged_kernel(f'{folder}/log'))
+            return json.loads(Path(folder, 'out.ipynb').read_text())
+        except PapermillExecutionError as e: said = f'{path.name} cannot show {run}: {e.ename}: {(e.evalue.splitlines() or [""])[0]}'
         finally: (run / '.progress').unlink(missing_ok=True)
-        return json.loads(Path(folder, 'out.ipynb').read_text())
+    require(changed, said)
+    print(f'{said} (the page shows the outputs in nbs/)', file=log or sys.stderr)
+    return notebook
 
 # %% ../nbs/92_publish.ipynb #differing
 def differing(root, sources):
@@ -708,10 +727,12 @@ def differing(root, sources):
     return [stem for stem, path in sources.items() if path.parent.name != 'nbs' and code(path) != code(root / 'nbs' / path.name)]
 
 # %% ../nbs/92_publish.ipynb #books
-def prepared_books(root, run, config, pages):
+def prepared_books(root, run, pages, log):
     "`{stem: prepared notebook}` of every page, the made ones included, linked with each other."
     sources = page_sources(root, run, pages)
-    raw = {stem: executed(path, run, root) if path.parent.name == 'nbs' else json.loads(path.read_text()) for stem, path in sources.items()}
+    changed = differing(root, sources)
+    if changed: print(f'the code of {", ".join(changed)} has changed since it ran in {run}: the pages show what ran', file=log)
+    raw = {stem: executed(path, run, root, changed, log) if path.parent.name == 'nbs' else json.loads(path.read_text()) for stem, path in sources.items()}
     modules = {stem: e for stem, b in raw.items() if (e := exported(b))}
     books, owners = {stem: prepare(b, root) for stem, b in raw.items()}, {}
     for module, names in modules.values():
@@ -726,7 +747,7 @@ def prepared_books(root, run, config, pages):
     made = {'api': lambda: api_page([(m, names, by_stem[stem]) for stem, (m, names) in modules.items()]), 'references': lambda: '# References {.unnumbered}\n\n::: {#refs}\n:::\n'}
     for stem in made:
         if stem in by_stem: books[stem] = {'nbformat': 4, 'nbformat_minor': 5, 'metadata': {}, 'cells': [{'cell_type': 'markdown', 'id': 'page', 'metadata': {}, 'source': made[stem]()}]}
-    return books, sources
+    return books
 
 # %% ../nbs/92_publish.ipynb #write-project
 def write_project(project, root, books, pages):
@@ -750,9 +771,7 @@ def publish(run, out='_docs', root=None, log=None):
     for m in ('nbdev', 'nbconvert', 'bs4', 'latex2mathml', 'yaml'): require(find_spec(m), f'publishing needs {m}: install the extra (pip install "atari-hrvq[docs]")')
     config = book_config(root)
     pages, project, fresh = listed_pages(config), out.parent / '_proc', out.with_name(f'.{out.name}.new')
-    books, sources = prepared_books(root, run, config, pages)
-    changed = differing(root, sources)
-    if changed: print(f'the code of {", ".join(changed)} has changed since it ran in {run}: the pages show what ran', file=log)
+    books = prepared_books(root, run, pages, log)
     write_project(project, root, books, pages)
     shutil.rmtree(fresh, ignore_errors=True)
     try:

@@ -199,3 +199,15 @@ def test_claims_into_a_file(tmp_path, capsys):
     assert cli.main(['claims', str(tmp_path), '--markdown']) == 0 and '| it dreams |' in capsys.readouterr().out
     for arguments, expected in ((['--into', str(tmp_path / 'none.md')], 'does not exist'), (['--into', str(tmp_path / 'run.json')], 'does not hold the lines'), (['--json', '--markdown'], 'give one of')):
         assert cli.main(['claims', str(tmp_path), *arguments]) == 2 and expected in capsys.readouterr().err
+
+
+def test_what_stands_beside_the_book():
+    import yaml
+    from configparser import ConfigParser
+    settings = ConfigParser(interpolation=None); settings.read(ROOT / 'settings.ini')
+    cited = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert cited['version'] == settings['DEFAULT']['version'] and cited['license'] == 'Apache-2.0' and (ROOT / 'atari_hrvq' / 'py.typed').exists()
+    for name in ('test', 'publish'): assert yaml.safe_load((ROOT / '.github' / 'workflows' / f'{name}.yml').read_text())['jobs']
+    readme = (ROOT / 'README.md').read_text()
+    assert all(m in readme for m in P.MARKERS)
+    for target in re.findall(r'\]\((?!https?:)([^)#]+)', readme + (ROOT / 'CONTRIBUTING.md').read_text()): assert (ROOT / target).exists(), target

@@ -208,21 +208,35 @@ class SharedTokenizer(Tokenizer):
         self.motion = MotionCodes(len(c.games), c.motion, c.grid)
         self.still = VectorQuantizer(c.cell_dim, c.codes - c.motion, c.decay, 0.)
         self.quantizer = ResidualVQ(c.cell_dim, c.levels - 1, c.codes, c.commitment[1:], c.decay)
-        self.register_buffer('mean', torch.zeros(len(c.games) * c.motion, c.cell_dim))       # of the cells of each game and motion word
-        self.register_buffer('count', torch.zeros(len(c.games) * c.motion))
+        for name, n in (('word', 1), ('place', c.grid ** 2)):                                # of the cells of each game and motion word, and of each place as well
+            self.register_buffer(f'{name}_mean', torch.zeros(len(c.games) * c.motion * n, c.cell_dim))
+            self.register_buffer(f'{name}_count', torch.zeros(len(c.games) * c.motion * n))
+
+    def follow_mean(self, name, index, x_ND):
+        "Let the means at `index` int64 [N] follow the cells `x`: plain means at first, then exponential ones."
+        mean, count = getattr(self, f'{name}_mean'), getattr(self, f'{name}_count')
+        n = torch.bincount(index, minlength=len(mean)).float()
+        total = torch.zeros_like(mean).index_add_(0, index, x_ND.float())
+        step = n / (n + count.clamp(max=self.config.decay / (1 - self.config.decay))).clamp(min=1e-6)
+        mean.lerp_(torch.where(n[:, None] > 0, total / n.clamp(min=1)[:, None], mean), step[:, None]); count += n
+
+    def places_of(self, slot_NP): return slot_NP * slot_NP.shape[1] + torch.arange(slot_NP.shape[1], device=slot_NP.device)
+
+    def expected(self, slot_NP, prior=2.):
+        "float [N, P, D]: the mean cell of a game's motion word at this place; where it was seen `n` times there, the word's mean over all places weighs `prior / (prior + n)`."
+        at = self.places_of(slot_NP)
+        n = self.place_count[at][..., None]
+        return (prior * self.word_mean[slot_NP] + n * self.place_mean[at]) / (prior + n)
 
     def first(self, z, frames, game):
         "Level 0: `(codes int64 [N, P], vectors [N, P, D])` of the cells z; in training the means follow."
         word, M = self.motion(frames[:, -2:], game), self.config.motion
-        moves, slot = word >= 0, (game[:, None] * M + word)
+        moves, slot = word >= 0, game[:, None] * M + word.clamp(min=0)
         code, vector, zd = word.clone(), torch.zeros_like(z), z.detach()
         with torch.no_grad():
             if self.training:
-                n = torch.bincount(slot[moves], minlength=len(self.mean)).float()
-                total = torch.zeros_like(self.mean).index_add_(0, slot[moves], zd[moves].float())
-                step = n / (n + self.config.decay / (1 - self.config.decay) * self.count.clamp(max=1.)).clamp(min=1e-6)
-                self.mean.lerp_(torch.where(n[:, None] > 0, total / n.clamp(min=1)[:, None], self.mean), step[:, None]); self.count += n
-            vector[moves] = self.mean[slot[moves]]
+                self.follow_mean('word', slot[moves], zd[moves]); self.follow_mean('place', self.places_of(slot)[moves], zd[moves])
+            vector[moves] = self.expected(slot)[moves]
             if bool((~moves).any()):
                 out = self.still(zd[~moves])
                 code[~moves], vector[~moves] = out.codes[:, 0] + M, out.quantised
@@ -247,7 +261,7 @@ class SharedTokenizer(Tokenizer):
     def encode(self, frames, chunk=512):
         out = []
         for part in check_frames(frames, 2).split(chunk):
-            part = part.to(self.mean.device); z, game = self.features(part)
+            part = part.to(self.word_mean.device); z, game = self.features(part)
             code, q0 = self.first(z, part, game)
             rest = self.quantizer.encode((z - q0).flatten(0, 1)).view(*z.shape[:2], -1)
             out.append(torch.cat([code[..., None].to(torch.uint8), rest], 2))
@@ -258,7 +272,7 @@ class SharedTokenizer(Tokenizer):
         require(game is not None, 'the vector of a motion word depends on the game: give its index for each row')
         n, word, M = self.config.levels if levels is None else levels, codes[..., 0].long(), self.config.motion
         slot = game[:, None] * M + word.clamp(max=M - 1)
-        vector = torch.where((word < M)[..., None], self.mean[slot], self.still.codebook[(word - M).clamp(min=0)])
+        vector = torch.where((word < M)[..., None], self.expected(slot), self.still.codebook[(word - M).clamp(min=0)])
         return vector * (n > 0) + (self.quantizer.decode(codes[..., 1:], n - 1) if n > 1 else 0)
 
     @torch.no_grad()

@@ -255,6 +255,17 @@ def test_shared_tokenizer_decodes_what_it_encodes(shared, played):
     with pytest.raises(BookError, match='T >= 2'): t.encode(pairs[:, 1:])
 
 
+def test_means_of_words_and_places_by_hand():
+    t = SharedTokenizer(SharedConfig(games=('pong', 'breakout'), channels=(4, 8), hidden=32, codes=64, motion=48, cell_dim=2, grid=1, decay=.75))
+    for x in ([[1., 0.]], [[3., 0.]], [[5., 4.], [7., 4.]]): t.follow_mean('word', torch.full((len(x),), 50), torch.tensor(x))
+    assert t.word_mean[50].tolist() == pytest.approx([4., 2.]) and t.word_count[50] == 4 and t.word_mean[49].abs().sum() == 0      # 1; (1 + 3) / 2; (2 * 2 + 12) / 4
+    t.follow_mean('word', torch.tensor([50]), torch.tensor([[0., 0.]]))                                  # now a memory of three: decay / (1 - decay)
+    assert t.word_mean[50].tolist() == pytest.approx([3., 1.5])
+    t.follow_mean('place', torch.tensor([50]), torch.tensor([[9., 0.]]))
+    assert t.expected(torch.tensor([[50]]))[0, 0].tolist() == pytest.approx([(2 * 3 + 9) / 3, 1.])       # seen once here: the word's mean weighs two thirds
+    assert t.places_of(torch.tensor([[2, 0, 1]])).tolist() == [[6, 1, 5]]
+
+
 def test_shared_tokenizer_saves_and_loads(shared, played, tmp_path):
     t, _ = shared; pairs = pairs_of(played['pong'])[:20]
     again = SharedTokenizer.from_pretrained(t.save_pretrained(tmp_path / 't'))

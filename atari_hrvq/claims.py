@@ -55,7 +55,7 @@ def verdict(claim, value, interval=None, null=None, profile='gpu', decisive=Fals
     reaches = lambda x: x is not None and claim.better * x >= claim.better * claim.figure - 1e-9 * abs(claim.figure)
     if not reaches(value): return 'refuted' if decisive or profile in ('gpu', 'paper') else 'open'
     if reaches(null): return 'reproduced but worth nothing'
-    worst = interval[0 if claim.better > 0 else 1] if interval else None
+    worst = interval[0 if claim.better > 0 else 1] if interval and interval[0] < interval[1] else None            # an interval of one value says nothing
     return 'exceeded' if worst is not None and claim.better * worst > claim.better * claim.figure else 'reproduced'
 
 # %% ../nbs/12_claims.ipynb #ledger

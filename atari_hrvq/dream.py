@@ -24,7 +24,7 @@ __all__ = ['Contexts', 'observation_size', 'observe', 'DreamVectorEnv', 'DreamEn
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
-    """Draws dream starts from real tokens: equal numbers of each game, `hot` of them within `reach` steps before a reward.
+    """Draws dream starts from real tokens: equal numbers of each game, `hot` of them within `reach` steps before a reward or an ending (a lost life is one).
 
     `data`: {game: Tokens} in the order of the world model's games. `recent`: {game: first index of the newest data}, from which half are then drawn.
     Calling it with `(n, rng)` gives codes uint8 [n, C, P, L], actions int64 [n, C-1], game int64 [n]."""
@@ -37,7 +37,7 @@ class Contexts:
             start = start[alive]
             if recent and (start >= recent[g]).any(): start = np.concatenate([start, np.repeat(start[start >= recent[g]], max(1, len(start) // (start >= recent[g]).sum() - 1))])
             require(len(start), f'{g} has no stretch of {length} steps without an ending: collect more')
-            total = np.concatenate([[0], np.cumsum(np.abs(d.rewards.numpy()))])
+            total = np.concatenate([[0], np.cumsum(np.abs(d.rewards.numpy()) + d.done.numpy())])
             soon = total[np.minimum(start + length - 1 + reach, len(d))] > total[start + length - 1]
             self.plain[g], self.hot[g] = start, start[soon] if soon.any() else start
 

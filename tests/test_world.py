@@ -223,3 +223,12 @@ def test_a_compiled_step_is_the_same_step():
     for t in range(20):
         one, two = (m.step(c, actions[:, t], (.5, 0.), torch.Generator().manual_seed(t)) for m, c in zip((model, quick), caches, strict=True))
         assert torch.equal(one.codes, two.codes) and torch.allclose(one.reward, two.reward, atol=1e-5) and torch.allclose(caches[0].hidden, caches[1].hidden, atol=1e-5)
+
+
+def test_hot_starts_lie_before_a_reward_or_an_ending():
+    d, n = toy(600), 4
+    contexts = Contexts({'breakout': d}, ['breakout'], n, hot=1., reach=5)
+    events = (d.rewards.abs() > 0) | d.done
+    assert len(contexts.hot['breakout']) and all(bool(events[s + n - 1:s + n - 1 + 5].any()) for s in contexts.hot['breakout'])
+    only = Tokens(d.codes, d.actions, torch.zeros_like(d.rewards), d.done, d.episode)                # a game in which nothing is won, only lost
+    assert 0 < len(Contexts({'breakout': only}, ['breakout'], n, reach=5).hot['breakout']) < len(contexts.plain['breakout'])

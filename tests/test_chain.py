@@ -55,6 +55,10 @@ def wait_for(condition, seconds=90):
     (['run', '--profile', 'smoke', '--seed', '-1'], 'is not a whole number from 0 on'),
     (['run', '--colour', 'red'], 'unrecognized arguments: --colour red'),
     (['bench', 'luck'], "unknown benchmark 'luck': expected one of frames, encoder, quantizer, dream"),
+    (['run', '--start', 'warm'], "unknown start 'warm': expected one of scratch, pretrained"),
+    (['verify', 'nowhere'], 'nowhere has no manifest.json: expected a folder that atari-hrvq ship wrote'),
+    (['evaluate', 'nowhere', '--game', 'pong'], 'nowhere does not hold an Agent'),
+    (['ship', 'agent', '--run', 'nowhere'], 'chapter 10_agent, which makes the agent, is not finished'),
     (['dance'], 'invalid choice'), ([], 'required')])
 def test_mistakes_on_the_command_line(arguments, expected, tmp_path, capsys):
     if arguments[:1] == ['run'] and '--colour' not in arguments: arguments = [*arguments, '--run', tmp_path / 'r']
@@ -96,7 +100,7 @@ def test_disk_full_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
     assert (tmp_path / 'manifest.json').read_bytes() == before and not list(tmp_path.rglob('*.tmp'))
 
 
-@pytest.mark.parametrize('command', [[], ['run'], ['status'], ['claims'], ['bench'], ['outputs'], ['ship'], ['play'], ['publish']])
+@pytest.mark.parametrize('command', [[], ['run'], ['status'], ['claims'], ['bench'], ['outputs'], ['ship'], ['verify'], ['evaluate'], ['play'], ['publish']])
 def test_help_everywhere(command, capsys):
     with pytest.raises(SystemExit) as e: cli.main([*command, '--help'])
     assert e.value.code == 0 and 'usage: atari-hrvq' in capsys.readouterr().out
@@ -107,14 +111,14 @@ def test_help_everywhere(command, capsys):
 def small_book(folder, body, tags=('parameters',)):
     "A checkout whose first chapter is `body`."
     v4 = nbformat.v4
-    head = v4.new_code_cell("run = 'runs/smoke'\nprofile = 'smoke'\ngames = ['pong']\nseed = 0", metadata={'tags': list(tags)})
+    head = v4.new_code_cell("run = 'runs/smoke'\nprofile = 'smoke'\ngames = ['pong']\nseed = 0\nstart = 'scratch'", metadata={'tags': list(tags)})
     (folder / 'nbs').mkdir(parents=True, exist_ok=True)
     (folder / 'atari_hrvq').mkdir(exist_ok=True)
     nbformat.write(v4.new_notebook(cells=[head, v4.new_code_cell(body)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}), folder / 'nbs' / '01_frames.ipynb')
     return folder
 
 
-WRITE = "import json, pathlib\np = pathlib.Path(run) / 'stages' / '01_frames.json'; p.parent.mkdir(parents=True, exist_ok=True)\np.write_text(json.dumps(dict(profile=profile, games=games, seed={seed})))\n"
+WRITE = "import json, pathlib\np = pathlib.Path(run) / 'stages' / '01_frames.json'; p.parent.mkdir(parents=True, exist_ok=True)\np.write_text(json.dumps(dict(profile=profile, games=games, seed={seed}, start=start)))\n"
 
 
 @pytest.mark.parametrize('body, tags, code, expected', [

@@ -11,8 +11,8 @@ from torch import nn
 from .core import FitConfig, Stage, count_parameters, derive, fit, progress, require, rng_for
 
 # %% auto #0
-__all__ = ['swiglu', 'Permute', 'grouped', 'grouped_kernel', 'MoEConfig', 'MixtureOfExperts', 'active_parameters', 'without',
-           'prune_experts']
+__all__ = ['swiglu', 'Permute', 'grouped', 'grouped_kernel', 'grouped_opaque', 'MoEConfig', 'MixtureOfExperts',
+           'active_parameters', 'without', 'prune_experts']
 
 # %% ../nbs/06_moe.ipynb #expert
 def swiglu(x_ND, inner_D2H, outer_HD):
@@ -49,6 +49,14 @@ def grouped_kernel(x):
     "`torch._grouped_mm` where it works: CUDA, inside bf16 autocast; None elsewhere."
     usable = x.is_cuda and torch.is_autocast_enabled('cuda') and hasattr(torch, '_grouped_mm') and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return torch._grouped_mm if usable else None
+
+@torch.library.custom_op('atari_hrvq::experts', mutates_args=(), schema='(Tensor x, Tensor expert, Tensor inner, Tensor outer) -> Tensor')
+def grouped_opaque(x_ND, expert_N, inner, outer):
+    "`grouped`, without a gradient, as one node of a compiled graph: the sizes of its slices are known only when it runs."
+    return grouped(x_ND, expert_N, inner, outer)
+
+@grouped_opaque.register_fake
+def _(x_ND, expert_N, inner, outer): return torch.empty_like(x_ND)
 
 # %% ../nbs/06_moe.ipynb #moe
 @dataclass
@@ -102,6 +110,7 @@ class MixtureOfExperts(nn.Module):
         rows = x_ND if c.top_k == 1 else x_ND.repeat_interleave(c.top_k, 0)
         if len(rows) <= 4 and torch.compiler.is_compiling(): y = swiglu(rows[:, None], self.inner[choice.flatten()], self.outer[choice.flatten()])[:, 0]      # no question to the tensor, so one graph
         elif len(rows) <= 4 and not rows.is_cuda: y = torch.cat([swiglu(rows[i:i + 1], self.inner[e], self.outer[e]) for i, e in enumerate(choice.flatten().tolist())])   # sorting would take longer
+        elif torch.compiler.is_compiling() and grouped_kernel(x_ND) is None: y = grouped_opaque(rows, choice.flatten(), self.inner, self.outer)
         else: y = grouped(rows, choice.flatten(), self.inner, self.outer, grouped_kernel(x_ND))
         y = (y.view(len(x_ND), c.top_k, c.dim) * weight[..., None].to(y.dtype)).sum(1)
         if not (report or self.training): return y, None

@@ -33,6 +33,7 @@ class ActorCriticConfig:
     obs_shape: tuple = (4,)
     actions: int = 18
     hidden: int = 256
+    norm: bool = True              # of a vector's entries, before anything else; not for a few numbers whose size is what matters
 
 class ActorCritic(Pretrained):
     "`forward(obs [N, *obs_shape], action_mask [N, A] or None) -> (logits [N, A], value [N])`; pictures are uint8."
@@ -42,7 +43,7 @@ class ActorCritic(Pretrained):
         super().__init__()
         c = self.config = config
         choices('kind of policy', c.kind, ('mlp', 'cnn'))
-        if c.kind == 'mlp': body = [nn.LayerNorm(c.obs_shape[0]), nn.Linear(c.obs_shape[0], c.hidden), nn.SiLU(), nn.Linear(c.hidden, c.hidden), nn.SiLU()]
+        if c.kind == 'mlp': body = [*[nn.LayerNorm(c.obs_shape[0])] * c.norm, nn.Linear(c.obs_shape[0], c.hidden), nn.SiLU(), nn.Linear(c.hidden, c.hidden), nn.SiLU()]
         else: body = [nn.Conv2d(c.obs_shape[0], 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 81, c.hidden), nn.ReLU()]
         self.body, self.actor, self.critic = nn.Sequential(*body), nn.Linear(c.hidden, c.actions), nn.Linear(c.hidden, 1)
         for head in (self.actor, self.critic): nn.init.zeros_(head.weight); nn.init.zeros_(head.bias)
@@ -160,11 +161,12 @@ class ReturnCounter:
             self.sums += (r.rewards[t] * r.valid[t]).cpu().numpy()
             for i in np.flatnonzero((r.ended[t] & r.valid[t]).cpu().numpy()): self.returns.append(float(self.sums[i])); self.sums[i] = 0.
 
-def train_ppo(make_envs, policy, config, total_steps, *, seed=0, horizon=64, chunk=8, clip_rewards=True, checkpoint=None, every_chunk=None, desc='PPO'):
+def train_ppo(make_envs, policy, config, total_steps, *, seed=0, horizon=64, chunk=8, clip_rewards=True, checkpoint=None, desc='PPO'):
     """Train `policy` for `total_steps` environment steps in vector environments made by `make_envs()`; returns the history.
 
-    Every `chunk` rollouts the environments are made and seeded anew from (seed, chunk number), so that a run that resumes at a chunk is bitwise
-    the run that never stopped. `clip_rewards`: learn from the sign of rewards; `returns` in the history are always unclipped."""
+    The learning rate falls linearly to zero over the run. Every `chunk` rollouts the environments are reset and seeded anew from (seed, chunk number),
+    so that a run that resumes at a chunk is bitwise the run that never stopped; a chunk should outlast a few episodes, for the unfinished ones are not counted.
+    `clip_rewards`: learn from the sign of rewards; `returns` in the history are always unclipped."""
     ppo, history, first = PPO(policy, config), [], 0
     mark = fingerprint('train_ppo', desc, seed, total_steps, horizon, chunk, clip_rewards, asdict(config), asdict(policy.config))
     saved = load_checkpoint(checkpoint, mark)
@@ -175,7 +177,8 @@ def train_ppo(make_envs, policy, config, total_steps, *, seed=0, horizon=64, chu
         seed_all(seed, desc, k)
         generator = torch.Generator().manual_seed(derive(seed, desc, k))
         state, counter = envs.reset(seed=derive(seed, desc, k) % 2**31), ReturnCounter(envs.num_envs)
-        for _ in range(chunk):
+        for j in range(chunk):
+            for group in ppo.opt.param_groups: group['lr'] = ppo.config.lr * (1 - (k + j / chunk) / chunks)
             r = rollout(envs, policy, horizon, state, generator)
             counter.add(r); state = r.state
             if clip_rewards: r.rewards = r.rewards.sign()

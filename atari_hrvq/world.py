@@ -6,7 +6,6 @@
 from __future__ import annotations
 import shutil
 from dataclasses import dataclass
-from functools import lru_cache
 from types import MethodType
 from typing import NamedTuple
 import numpy as np
@@ -19,9 +18,9 @@ from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
-__all__ = ['Tokens', 'tokenise', 'token_batches', 'rope_angles', 'frequencies', 'rotate', 'rope', 'RMSNorm', 'WorldConfig',
-           'Block', 'LevelHeads', 'choose', 'uniform', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'RewardHead',
-           'Contrast', 'WorldOutput', 'Cache', 'Step', 'WorldModel', 'fill_rings', 'advance', 'token_accuracy', 'f1']
+__all__ = ['Tokens', 'tokenise', 'token_batches', 'rope_angles', 'rotate', 'rope', 'RMSNorm', 'WorldConfig', 'Block',
+           'LevelHeads', 'choose', 'uniform', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'RewardHead', 'Contrast',
+           'WorldOutput', 'Cache', 'Step', 'WorldModel', 'fill_rings', 'advance', 'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -70,11 +69,9 @@ def token_batches(data, size, length, recent=None):
 # %% ../nbs/07_world.ipynb #rope
 def rope_angles(positions_T, width):
     "Cosines and sines [T, width / 2] of angles that grow with position (theta 10,000)."
-    angle = positions_T[:, None] * frequencies(width // 2, positions_T.device)
+    n = width // 2
+    angle = positions_T[:, None] * 10_000. ** (-torch.arange(n, device=positions_T.device) / n)
     return angle.cos(), angle.sin()
-
-@lru_cache
-def frequencies(n, device): return 10_000. ** (-torch.arange(n, device=device) / n)
 
 def rotate(x_BHTD, cos, sin):
     "Rotate pairs of channels of float [..., T, D] by the angles of `rope_angles`."

@@ -103,6 +103,36 @@ def test_tokens(tab, chapter, measured):
     t.quiet()
 
 
+@pytest.fixture(scope='session')
+def ten_thousand():
+    "Data of a token explorer over 3,400 frames of each game and the shipped tokenizer."
+    from atari_hrvq.explore import code_examples
+    from atari_hrvq.frames import RandomPolicy, collect
+    from atari_hrvq.hrvq import Tokenizer
+    tokenizer = Tokenizer.from_pretrained(ROOT / 'pretrained' / 'tokenizer')
+    return code_examples(tokenizer, {g: collect(g, RandomPolicy(g), 3_400, seed=7) for g in tokenizer.config.games}, 3_400, 90)
+
+
+def test_ten_thousand_frames_answer_at_once(tab, tmp_path, ten_thousand, measured):
+    assert ten_thousand['frames'] * len(ten_thousand['games']) >= 10_000
+    path = tmp_path / 'tokens.html'; path.write_text(PAGE.format(title='tokens', body=page_twin(ten_thousand)))
+    t = tab(); began = time.time(); t.page.goto(path.as_uri(), wait_until='commit'); t.page.wait_for_function(PAINTED); first = time.time() - began
+    w = widget(t.page, 'tokens'); w.screenshot(path=SHOTS / 'tokens-10k.png')
+    took = t.page.evaluate("""async e => {
+        const out = {}, frame = () => new Promise(requestAnimationFrame), clock = async (name, f) => { await frame(); const t = performance.now(); f(); await frame(); (out[name] ??= []).push(performance.now() - t); };
+        const at = name => e.querySelector(`[aria-label="${name}"]`), changed = s => s.dispatchEvent(new Event('change', {bubbles: true}));
+        for (let i = 0; i < 60; i++) await clock('next code', () => at('next code').click());
+        for (const s of [...e.querySelectorAll('select')]) for (let k = 0; k < s.options.length; k++) await clock('another order or level', () => { s.selectedIndex = k; changed(s); });
+        for (let i = 0; i < 20; i++) await clock('a cell of a frame', () => { const c = e.querySelectorAll('.pic')[i % 3], r = c.getBoundingClientRect(); c.dispatchEvent(new MouseEvent('click', {bubbles: true, clientX: r.x + 10 + 25 * (i % 3), clientY: r.y + 40})); });
+        return out; }""", w.element_handle())
+    measured['10,200 frames: size (MB), first picture (s)'] = f'{path.stat().st_size / 1e6:.2f}, {first:.2f}'
+    for what, ms in took.items():
+        ms.sort(); measured[f'10,200 frames: {what}, median and worst (ms)'] = f'{ms[len(ms) // 2]:.0f}, {ms[-1]:.0f}'
+        assert ms[len(ms) // 2] < 100, (what, ms)
+    assert first < 2 and set(took) == {'next code', 'another order or level', 'a cell of a frame'}
+    t.quiet()
+
+
 def test_levels(tab, chapter):
     t = opened(tab, chapter); w = widget(t.page, 'levels'); slider, shots = w.get_by_label('Levels decoded'), w.locator('canvas')
     full = [t.pixels(shots.nth(i)) for i in range(3)]

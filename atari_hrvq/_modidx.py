@@ -287,6 +287,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                     'atari_hrvq.explore.Shown._repr_mimebundle_': ( 'explore.html#shown._repr_mimebundle_',
                                                                                     'atari_hrvq/explore.py'),
                                     'atari_hrvq.explore.Shown.choice': ('explore.html#shown.choice', 'atari_hrvq/explore.py'),
+                                    'atari_hrvq.explore._cells': ('explore.html#_cells', 'atari_hrvq/explore.py'),
                                     'atari_hrvq.explore.balance': ('explore.html#balance', 'atari_hrvq/explore.py'),
                                     'atari_hrvq.explore.code_examples': ('explore.html#code_examples', 'atari_hrvq/explore.py'),
                                     'atari_hrvq.explore.code_information': ('explore.html#code_information', 'atari_hrvq/explore.py'),

@@ -127,27 +127,32 @@ def code_examples(tokenizer, episodes, frames=300, shown=12, seed=0):
             'levels': [level_data(book, every[..., l], game, labels, seed) for l, book in enumerate(books)]}
 
 # %% ../nbs/90_explore.ipynb #levels-data
-def level_pictures(tokenizer, episodes, frames=2, seed=0):
-    "Data of the level slider: `frames` frames of each game decoded from 0, 1, ... levels, the error (root mean square, gray levels) of each, and the share of it that is left around each object."
-    rows, sheets, L = [], [], tokenizer.config.levels
+def level_pictures(tokenizer, episodes, frames=2, seed=0, others=None):
+    """Data of the level slider: `frames` frames of each game decoded from 0, 1, ... levels by `tokenizer` and by each of `others` {name: Tokenizer},
+    the error (root mean square, gray levels) of each, and the share of it that is left around each object."""
+    rows, sheets, eyes = [], [], {_cells(tokenizer): tokenizer, **(others or {})}
     for g, e in episodes.items():
-        sheet, game = Sheet(64), tokenizer.game_index(g)
-        labels, names, present = state_labels(g, e.ram)
-        seen = np.flatnonzero(present.all(1)) if present.all(1).any() else np.arange(len(e))
+        sheet, labels = Sheet(64), state_labels(g, e.ram)
+        seen = np.flatnonzero(labels[2].all(1)) if labels[2].all(1).any() else np.arange(len(e))
         at = np.sort(rng_for(seed, 'levels', g).choice(seen, min(frames, len(seen)), replace=False))
-        places = screen_positions(g, labels[at])
+        places = screen_positions(g, labels[0][at])
         for j, i in enumerate(at):
-            original = np.asarray(e.frames[i], np.float32); codes = tokenizer.encode(torch.from_numpy(e.frames[[i]][:, None]))
-            decoded = [tokenizer.background.median[game].cpu().numpy(), *(tokenizer.decode(codes, game, n)[0].cpu().numpy() for n in range(1, L + 1))]
-            wrong, objects = [(d - original) ** 2 for d in decoded], {}
-            for name, xy in places.items():
-                c, r = (int(np.clip(round(float(v)), 3, 80)) for v in xy[j])
-                around = [float(w[r - 3:r + 4, c - 3:c + 4].mean()) ** .5 for w in wrong]
-                if around[0] > 1: objects[name] = [round(a / around[0], 3) for a in around]
-            rows.append({'game': g, 'sheet': len(sheets), 'step': int(i), 'original': sheet.add(original), 'decoded': [sheet.add(d) for d in decoded],
-                         'error': [round(float(w.mean()) ** .5, 2) for w in wrong], 'objects': objects})
+            original = np.asarray(e.frames[i], np.float32)
+            row = {'game': g, 'sheet': len(sheets), 'step': int(i), 'original': sheet.add(original), 'by': []}
+            for eye in eyes.values():
+                game, codes = eye.game_index(g), eye.encode(torch.from_numpy(e.frames[[i]][:, None]))
+                decoded = [eye.background.median[game].cpu().numpy(), *(eye.decode(codes, game, n)[0].cpu().numpy() for n in range(1, eye.config.levels + 1))]
+                wrong, objects = [(d - original) ** 2 for d in decoded], {}
+                for name, xy in places.items():
+                    c, r = (int(np.clip(round(float(v)), 3, 80)) for v in xy[j])
+                    around = [float(w[r - 3:r + 4, c - 3:c + 4].mean()) ** .5 for w in wrong]
+                    if around[0] > 1: objects[name] = [round(a / around[0], 3) for a in around]
+                row['by'].append({'decoded': [sheet.add(d) for d in decoded], 'error': [round(float(w.mean()) ** .5, 2) for w in wrong], 'objects': objects})
+            rows.append(row)
         sheets.append(sheet.data())
-    return {'kind': 'levels', 'levels': L, 'rows': rows, 'sheets': sheets}
+    return {'kind': 'levels', 'tokenizers': list(eyes), 'bits': [8 * t.config.grid ** 2 for t in eyes.values()], 'levels': tokenizer.config.levels, 'rows': rows, 'sheets': sheets}
+
+def _cells(tokenizer): return f'{tokenizer.config.grid} x {tokenizer.config.grid} cells'
 
 # %% ../nbs/90_explore.ipynb #experts-data
 @torch.no_grad()
@@ -485,7 +490,7 @@ function tokens(model, root, d) {
 # %% ../nbs/90_explore.ipynb #module-levels
 ESM_LEVELS = r"""
 function levels(model, root, d) {
-  const sheets = d.sheets.map(s => new Sheet(s)), [frameBox, pick] = choice('Frame', d.rows.map(r => `${r.game}, step ${r.step}`), () => draw()), [levelBox, n] = range('Levels decoded', d.levels, d.levels, () => draw());
+  const sheets = d.sheets.map(s => new Sheet(s)), [frameBox, pick] = choice('Frame', d.rows.map(r => `${r.game}, step ${r.step}`), () => draw()), [gridBox, eye] = choice('Tokenizer', d.tokenizers, () => draw()), [levelBox, n] = range('Levels decoded', d.levels, d.levels, () => draw());
   const shots = ['original', 'decoded', 'difference'].map(t => [picture(t, 224), el('figcaption')]), table = el('div'), name = el('div', {role: 'status', 'aria-live': 'polite'});
   const difference = (a, b, to) => {
     const read = c => c.getContext('2d', CANVAS).getImageData(0, 0, 84, 84).data, x = read(a), y = read(b), out = new ImageData(84, 84);
@@ -493,18 +498,18 @@ function levels(model, root, d) {
     to.getContext('2d', CANVAS).putImageData(out, 0, 0);
   };
   const draw = () => {
-    const r = d.rows[pick.value], k = +n.value, s = sheets[r.sheet], words = Object.keys(r.objects);
-    s.paint(shots[0][0], r.original); s.paint(shots[1][0], r.decoded[k]); s.ready.then(() => { if (d.rows[pick.value] === r && +n.value === k) difference(shots[0][0], shots[1][0], shots[2][0]); });
-    shots[0][1].textContent = 'original'; shots[1][1].textContent = k ? `decoded from ${k} level${k > 1 ? 's' : ''}` : 'no level: the background'; shots[2][1].textContent = `difference: ${number(r.error[k], 1)} gray levels`;
-    n.setAttribute('aria-valuetext', `${k} of ${d.levels} levels`); name.textContent = `${k} of ${d.levels} levels: error ${number(r.error[k], 1)} gray levels (root mean square)`;
+    const frame = d.rows[pick.value], r = frame.by[eye.value], k = +n.value, s = sheets[frame.sheet], words = Object.keys(r.objects), bits = `${k * d.bits[eye.value]} bits`;
+    s.paint(shots[0][0], frame.original); s.paint(shots[1][0], r.decoded[k]); s.ready.then(() => { if (d.rows[pick.value].by[eye.value] === r && +n.value === k) difference(shots[0][0], shots[1][0], shots[2][0]); });
+    shots[0][1].textContent = 'original'; shots[1][1].textContent = k ? `decoded from ${k} level${k > 1 ? 's' : ''}, ${bits}` : 'no level: the background'; shots[2][1].textContent = `difference: ${number(r.error[k], 1)} gray levels`;
+    n.setAttribute('aria-valuetext', `${k} of ${d.levels} levels`); name.textContent = `${k} of ${d.levels} levels, ${bits}: error ${number(r.error[k], 1)} gray levels (root mean square)`;
     const cell = (v, on) => el('td', {style: on ? 'font-weight:700;color:inherit;border-bottom:2px solid #e69f00' : ''}, v);
     table.replaceChildren(el('table', {}, el('tr', {}, el('th', {textContent: 'error with'}), ...r.error.map((_, i) => el('th', {textContent: `${i} level${i === 1 ? '' : 's'}`}))),
       el('tr', {}, el('td', {textContent: 'whole picture, gray levels'}), ...r.error.map((e, i) => cell(number(e, 1), i === k))),
       ...words.map(w => el('tr', {}, el('td', {textContent: `around ${w}, share left`}), ...r.objects[w].map((e, i) => cell(`${Math.round(100 * e)}%`, i === k))))));
-    model.set('choice', [+pick.value, k]); model.save_changes();
+    model.set('choice', [+pick.value, k, +eye.value]); model.save_changes();
   };
-  model.on?.('change:choice', () => { const [f, k] = model.get('choice') || []; if (d.rows[f] && (f !== +pick.value || k !== +n.value)) { pick.value = f; n.value = k; draw(); } });
-  root.append(row(frameBox, levelBox, name), el('div', {className: 'cols'}, ...shots.map(([c, t]) => el('figure', {}, c, t))), table,
+  model.on?.('change:choice', () => { const [f, k, t = 0] = model.get('choice') || []; if (d.rows[f]?.by[t] && (f !== +pick.value || k !== +n.value || t !== +eye.value)) { pick.value = f; n.value = k; eye.value = t; draw(); } });
+  gridBox.hidden = d.tokenizers.length < 2; root.append(row(frameBox, gridBox, levelBox, name), el('div', {className: 'cols'}, ...shots.map(([c, t]) => el('figure', {}, c, t))), table,
     el('div', {className: 'note'}, el('span', {className: 'key', style: 'background:#e69f00'}), 'too bright ', el('span', {className: 'key', style: 'background:#0072b2'}), 'too dark. Arrow keys on the slider add and take levels.')); draw();
 }
 """
@@ -735,7 +740,9 @@ def widget_data(stage, kind):
         steps, forks, after = stage.pick(smoke=(8, 1, 3), laptop=(48, 2, 16), gpu=(80, 3, 24))
         return dream_data(player, steps, forks, after, stage.games[:1] if stage.profile == 'smoke' else None, stage.seed), player
     tokenizer, episodes = stage.load('tokenizer', Tokenizer), {g: load_episodes(stage, g, 'test') for g in stage.games}
-    if kind == 'levels': return level_pictures(tokenizer, episodes, stage.pick(smoke=1, laptop=3, gpu=5), stage.seed), None
+    if kind == 'levels':
+        others = [stage.load(f.name, Tokenizer) for f in sorted(stage.path('').glob('tokenizer-grid-*'))]
+        return level_pictures(tokenizer, episodes, stage.pick(smoke=1, laptop=3, gpu=5), stage.seed, {f'{_cells(t)}, from the rate curve': t for t in others}), None
     if kind == 'experts': return expert_map(stage.load('world', WorldModel), tokenizer, {g: head(e, 3_000) for g, e in episodes.items()}, stage.pick(smoke=16, laptop=160, gpu=200)), None
     frames, shown = stage.pick(smoke=(80, 4), laptop=(2_000, 60), gpu=(3_400, 90))
     return code_examples(tokenizer, episodes, frames, shown, stage.seed), None

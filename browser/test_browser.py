@@ -142,6 +142,10 @@ def test_levels(tab, chapter):
     assert slider.input_value() == '0' and none[0] == full[0] and none[1] != full[1] and none[2] != full[2] and '0 of 3 levels' in w.inner_text()
     w.get_by_label('Frame').select_option(index=1); t.page.wait_for_timeout(50)
     assert t.pixels(shots.nth(0)) != full[0]
+    slider.fill('3'); before, text = t.pixels(shots.nth(1)), w.inner_text()
+    assert '216 bits' in text
+    w.get_by_label('Tokenizer').select_option(label='1 x 1 cells, from the rate curve'); t.page.wait_for_timeout(50)
+    assert t.pixels(shots.nth(1)) != before and '24 bits' in w.inner_text()
     t.quiet()
 
 

@@ -8,6 +8,7 @@ import struct
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import replace
 import numpy as np
 import pytest
 import torch
@@ -27,8 +28,12 @@ def episodes(): return {g: collect(g, RandomPolicy(g), 90, 0) for g in GAMES}
 
 @pytest.fixture(scope='module')
 def tokenizer(episodes):
+    return started(episodes, TokenizerConfig(games=GAMES, codes=16))
+
+
+def started(episodes, config):
     torch.manual_seed(0)
-    t = Tokenizer(TokenizerConfig(games=GAMES, codes=16))
+    t = Tokenizer(config)
     t.background.measure(episodes)
     frames = np.concatenate([e.frames for e in episodes.values()])[:, None]
     t.start(torch.from_numpy(frames), torch.arange(2).repeat_interleave(90))
@@ -98,12 +103,17 @@ def test_code_examples_agree_with_the_codes(tokenizer, episodes):
 
 
 def test_levels_measure_the_error(tokenizer, episodes):
-    d = X.level_pictures(tokenizer, episodes, 2)
+    coarse = started(episodes, replace(tokenizer.config, grid=1))
+    d = X.level_pictures(tokenizer, episodes, 2, others={'one cell': coarse})
+    assert d['tokenizers'] == [f'{tokenizer.config.grid} x {tokenizer.config.grid} cells', 'one cell'] and d['bits'] == [8 * tokenizer.config.grid ** 2, 8]
     for r in d['rows']:
         e, i = episodes[r['game']], r['step']
-        zero = tokenizer.background.median[tokenizer.game_index(r['game'])].numpy()
-        assert abs(np.square(zero - e.frames[i]).mean() ** .5 - r['error'][0]) < .02 and len(r['decoded']) == 4
-        assert all(v[0] == 1 for v in r['objects'].values())
+        for by, t in zip(r['by'], (tokenizer, coarse), strict=True):
+            game = t.game_index(r['game'])
+            three = t.decode(t.encode(torch.from_numpy(e.frames[[i]][:, None])), game)[0].numpy()
+            assert abs(np.square(t.background.median[game].numpy() - e.frames[i]).mean() ** .5 - by['error'][0]) < .02 and len(by['decoded']) == 4
+            assert abs(np.square(three - e.frames[i]).mean() ** .5 - by['error'][3]) < .02
+            assert all(v[0] == 1 for v in by['objects'].values())
 
 
 def test_experts_are_those_of_the_steps(tokenizer, world, episodes):

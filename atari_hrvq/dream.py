@@ -189,8 +189,8 @@ def extrapolate(before, now, steps, low, high):
 
 # %% ../nbs/08_dream.ipynb #gif
 def dream_gif(path, real, dream, scale=2, fps=15):
-    "Write a GIF: `real` uint8 [T, 84, 84] on the left, `dream` uint8 [T, 84, 84] on the right."
-    wide = np.concatenate([np.asarray(real), np.full((len(real), 84, 2), 128, np.uint8), np.asarray(dream)], 2)
+    "Write a GIF in 32 gray levels: `real` uint8 [T, 84, 84] on the left, `dream` uint8 [T, 84, 84] on the right."
+    wide = np.concatenate([np.asarray(real), np.full((len(real), 84, 2), 128, np.uint8), np.asarray(dream)], 2) // 8 * 8
     pictures = [Image.fromarray(x).resize((x.shape[1] * scale, x.shape[0] * scale), Image.NEAREST) for x in wide]
     buffer = io.BytesIO()
     pictures[0].save(buffer, 'GIF', save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)

@@ -11,14 +11,14 @@ import torch
 from .agent import Agent
 from .core import (BookError, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, read_json, require, rng_for, save_tree, seed_all,
                              write_atomic, write_json)
-from .dream import Contexts, DreamVectorEnv
+from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
 from .evaluate import RandomAgent, evaluate
 from .frames import load_stored
 from .hrvq import Tokenizer
 from .world import WorldModel, tokenise
 
 # %% auto #0
-__all__ = ['PARTS', 'dream_of', 'halved', 'pack', 'verify', 'score', 'ship_agent', 'agent_card']
+__all__ = ['PARTS', 'dream_of', 'halved', 'pack', 'verify', 'score', 'film', 'ship_agent', 'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -111,6 +111,20 @@ def score(folder, game, episodes=30, seed=0, greedy=False, max_steps=27_000):
     if shipped: rows.append({'player': 'as shipped', **{k: shipped.get(k) for k in ('mean', 'lo', 'hi', 'episodes')}})
     return rows
 
+# %% ../nbs/14_pretrained.ipynb #film
+def film(agent, episodes, path, steps=75, stretches=3, seed=0):
+    """Write a GIF of `stretches` of `episodes`, `steps` long, each beside the dream that is fed its actions; returns the first step of each.
+
+    The model sees `agent.context` frames before; what the game draws at random, it cannot know."""
+    tokens, game, c = tokenise(agent.tokenizer, episodes), agent.games.index(episodes.game), agent.context
+    windows = episodes.windows(c + steps)
+    require(len(windows), f'{episodes.game} has no stretch of {c + steps} steps without an ending: film fewer steps')
+    starts = np.sort(rng_for(seed, 'film', episodes.game).choice(windows, min(stretches, len(windows)), replace=False))
+    dreamt = open_loop(agent.world.eval(), tokens, game, c, steps, starts, seed=seed).codes
+    decoded = agent.tokenizer.decode(dreamt.flatten(0, 1).to(agent.device), agent.tokenizer.game_index(episodes.game)).round().byte().cpu().numpy()
+    dream_gif(path, episodes.frames[(starts[:, None] + c + np.arange(steps)).ravel()], decoded)
+    return starts
+
 # %% ../nbs/14_pretrained.ipynb #ship
 def ship_agent(run, folder, made, episodes=30):
     """Pack the agent of a finished `run` into `folder`, with scores over `episodes` whole games, a stored dream from its replay, and a card.
@@ -120,10 +134,11 @@ def ship_agent(run, folder, made, episodes=30):
     config = read_json(run / 'run.json', {})
     require((run / 'stages' / '10_agent.json').exists(), f'chapter 10_agent, which makes the agent, is not finished in {run}: run it to its end first')
     stage = Stage('11_evaluate', run, config['profile'], config['games'], config['seed'])
-    agent, replay, codes = stage.load('agent', Agent), {}, {}
+    agent, replay, codes, last = stage.load('agent', Agent), {}, {}, {}
     for g in stage.games:
         parts = sorted((f for f in stage.index() if f.startswith(f'agent-replay-{g}-')), key=lambda f: int(f.split('-')[-1].split('.')[0]))
-        replay[g], codes[g] = {f: stage.index()[f]['sha256'] for f in parts}, tokenise(agent.tokenizer, load_stored(stage, parts[-1].removesuffix('.safetensors')))
+        replay[g], last[g] = {f: stage.index()[f]['sha256'] for f in parts}, load_stored(stage, parts[-1].removesuffix('.safetensors'))
+        codes[g] = tokenise(agent.tokenizer, last[g])
     contexts = Contexts(codes, agent.games, agent.context)(2 * len(stage.games), rng_for(stage.seed, 'stored dream'))
     steps = {r['name']: r for r in map(json.loads, (run / 'metrics' / '10_agent.jsonl').read_text().splitlines()) if 'name' in r}['real_steps']['value']
     made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'learned from': replay}
@@ -134,6 +149,7 @@ def ship_agent(run, folder, made, episodes=30):
             ours, chance = score(t, g, episodes, derive(stage.seed, 'scores'))
             scores[g] = {**{k: ours[k] for k in ('mean', 'lo', 'hi', 'episodes', 'cut short', 'agent steps')}, 'seed': derive(stage.seed, 'scores'), 'random': chance['mean'], 'random lo': chance['lo'], 'random hi': chance['hi']}
     pack(agent, folder, contexts, scores, made)
+    for g, e in last.items(): film(Agent.from_pretrained(folder), e, folder / f'dream-{g}.gif')
     write_atomic(folder / 'metrics.jsonl', ''.join((run / 'metrics' / f'{c}.jsonl').read_text() for c in ('10_agent', '11_evaluate') if (run / 'metrics' / f'{c}.jsonl').exists()))
     write_atomic(folder / 'README.md', agent_card(folder))
     return folder
@@ -150,6 +166,8 @@ def agent_card(folder):
 
 Tokenizer, world model and policy of one agent for {", ".join(made['games'])}, in half precision, without pickle. `atari-hrvq verify pretrained/{folder.name}` checks
 the files and a stored dream; `atari-hrvq evaluate pretrained/{folder.name} --game {made['games'][0]}` plays the scores again.
+
+{chr(10).join(f"![{g}: on the left the real game as the agent played it, on the right its dream, fed the same actions](dream-{g}.gif)" for g in made['games'])}
 
 Whole games, unclipped, up to 30 no-ops at the start, no sticky actions, actions sampled from the policy, one seed of training:
 

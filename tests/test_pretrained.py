@@ -5,7 +5,8 @@ import torch
 from atari_hrvq.agent import Agent
 from atari_hrvq.core import BookError
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
-from atari_hrvq.pretrained import dream_of, pack, score, verify
+from atari_hrvq.frames import RandomPolicy, collect
+from atari_hrvq.pretrained import dream_of, film, pack, score, verify
 from atari_hrvq.world import WorldModel
 
 SMALL = dict(dim=32, heads=2, experts=(1, 2), windows=(4, 8), hidden=32, shared_hidden=8, cell_hidden=16)
@@ -90,3 +91,15 @@ def test_packing_again_replaces_the_folder(folder):
     (folder / 'stray').write_text('old')
     pack(make(7), folder, CONTEXTS, {}, {}, steps=5)
     assert not (folder / 'stray').exists() and Agent.from_pretrained(folder).tokenizer.hash() != before and all(r['ok'] for r in verify(folder))
+
+
+def test_a_film_shows_the_real_frames_beside_the_dream(tmp_path):
+    import numpy as np
+    from PIL import Image, ImageSequence
+    agent, played = make(), collect('pong', RandomPolicy('pong'), 60, 0)
+    agent.tokenizer.background.measure({'pong': played})
+    starts = film(agent, played, tmp_path / 'film.gif', steps=6, stretches=2)
+    frames = [np.asarray(f.convert('L')) for f in ImageSequence.Iterator(Image.open(tmp_path / 'film.gif'))]
+    assert len(frames) <= 12 and frames[0].shape == (168, 340)                                       # equal pictures are one
+    assert (frames[0][::2, :168:2] == played.frames[starts[0] + agent.context] // 8 * 8).mean() > .99
+    with pytest.raises(BookError, match='film fewer steps'): film(agent, played, tmp_path / 'film.gif', steps=80)

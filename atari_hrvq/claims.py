@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import NamedTuple
-from .core import Stage, Table, read_metrics, require, write_atomic, write_json
+from .core import PROFILES, Stage, Table, choices, read_json, read_metrics, repo_path, require, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['CLAIMS', 'Claim', 'verdict', 'claim_row', 'ledger', 'show_claims', 'write_claims']
+__all__ = ['CLAIMS', 'Claim', 'verdict', 'claim_row', 'ledger', 'show_claims', 'write_claims', 'kept_rows', 'longest',
+           'longest_ledger']
 
 # %% ../nbs/12_claims.ipynb #claims
 class Claim(NamedTuple):
@@ -66,8 +67,8 @@ def claim_row(rows):
     return {**rows[0], **{k: mean(k) for k in ('value', 'lo', 'hi', 'null')}, 'frames': sum(r['frames'] for r in rows) if mean('frames') else None}
 
 def ledger(rows, profile):
-    """The claims table from `metrics.jsonl` rows: a list of `{id, claim, original, ours, interval, null, verdict, seeds, frames, chapter, cell}`.
-    A claim that nobody measured is `open` with nulls, so the table is whole after any number of chapters."""
+    """The claims table from `metrics.jsonl` rows: a list of `{id, claim, original, ours, interval, null, verdict, profile, seeds, frames, chapter, cell}`.
+    A claim that nobody measured is `open` with nulls, so the table is whole after any number of chapters. `profile` is that of rows that name none."""
     found = {}
     for r in rows:
         if r.get('claim'): found.setdefault(r['claim'], []).append(r)
@@ -77,9 +78,9 @@ def ledger(rows, profile):
     for c in CLAIMS:
         r = claim_row(found.get(c.id, []))
         interval = [r['lo'], r['hi']] if r.get('lo') is not None and r.get('hi') is not None else None
-        decisive = str(r.get('note') or '').startswith('decisive')
+        decisive, made = str(r.get('note') or '').startswith('decisive'), r.get('profile', profile) if r else None
         table.append({'id': c.id, 'claim': c.claim, 'original': c.original, 'ours': r.get('value'), 'interval': interval, 'null': r.get('null'),
-                      'verdict': verdict(c, r.get('value'), interval, r.get('null'), profile, decisive), 'seeds': r.get('seeds'), 'frames': r.get('frames'),
+                      'verdict': verdict(c, r.get('value'), interval, r.get('null'), made or profile, decisive), 'profile': made, 'seeds': r.get('seeds'), 'frames': r.get('frames'),
                       'chapter': r.get('chapter', c.chapter), 'cell': r.get('cell')})
     return table
 
@@ -87,7 +88,7 @@ def show_claims(table):
     "The ledger as a `Table` for people."
     number = lambda x: '' if x is None else f'{x:.3g}'
     return Table([{'id': r['id'], 'claim': r['claim'], 'original': r['original'], 'ours': number(r['ours']), 'interval': '' if not r['interval'] else f'{number(r["interval"][0])} to {number(r["interval"][1])}',
-                   'null': number(r['null']), 'verdict': r['verdict'], 'seeds': r['seeds'], 'frames': r['frames'], 'where': f'{r["chapter"]} {r["cell"] or ""}'.strip()} for r in table])
+                   'null': number(r['null']), 'verdict': r['verdict'], 'profile': r['profile'] or '', 'seeds': r['seeds'], 'frames': r['frames'], 'where': f'{r["chapter"]} {r["cell"] or ""}'.strip()} for r in table])
 
 def write_claims(folder, profile):
     "Compute the ledger of a run folder, write `claims.json` and `claims.md`, and return it."
@@ -95,3 +96,26 @@ def write_claims(folder, profile):
     write_json(Path(folder) / 'claims.json', table)
     write_atomic(Path(folder) / 'claims.md', f'Profile `{profile}`.\n\n{show_claims(table)._repr_markdown_()}\n')
     return table
+
+# %% ../nbs/12_claims.ipynb #kept
+def kept_rows(root='pretrained'):
+    "The claimed rows of every model in `pretrained/`, each with the `profile` and the number of `games` of the run that made it."
+    rows = []
+    for made in sorted(repo_path(root).glob('*/run.json')):
+        m = read_json(made); choices('profile', m['profile'], PROFILES)
+        rows += [{**r, 'profile': m['profile'], 'games': len(m['games'])} for r in read_metrics(made.parent) if r.get('claim')]
+    return rows
+
+def longest(rows, profile, games, kept):
+    "For each claim the rows of the largest budget among `rows` of a run (`profile`, number of `games`) and those of `kept_rows`."
+    every = [({**r, 'profile': profile, 'games': games}, 1) for r in rows if r.get('claim')] + [(r, 0) for r in kept]
+    size = lambda r, mine: (r['games'], PROFILES.index(r['profile']), mine)
+    best = {}
+    for r, mine in every: best[r['claim']] = max(best.get(r['claim'], (0,)), size(r, mine))
+    return [r for r, mine in every if size(r, mine) == best[r['claim']]]
+
+def longest_ledger(folder, root='pretrained'):
+    "The ledger of a run folder where the shipped runs may speak for claims that they measured at a larger budget."
+    made = read_json(Path(folder) / 'run.json', {})
+    require(made, f'{folder} is not a run folder: run the chain first (atari-hrvq run --run {folder})')
+    return ledger(longest(read_metrics(folder), made['profile'], len(made['games']), kept_rows(root)), made['profile'])

@@ -37,6 +37,7 @@ def parser():
     s = sub.add_parser('status', help='what a run has done'); s.add_argument('run', help='the run folder')
     c = sub.add_parser('claims', help='the ledger of a run'); c.add_argument('run', help='the run folder'); c.add_argument('--json', action='store_true', help='as JSON')
     c.add_argument('--markdown', action='store_true', help='as a Markdown table'); c.add_argument('--into', metavar='FILE', help='write the Markdown table between the claims markers of this file')
+    c.add_argument('--longest', action='store_true', help='let the runs behind pretrained/ speak for claims that they measured at a larger budget')
     b = sub.add_parser('bench', help='measure speed'); b.add_argument('name', nargs='?', help=f'one of {", ".join(BENCHES)} (default: all)'); b.add_argument('--json', metavar='FILE', help='also write the rows there')
     o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
     w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, motion_tokenizer, or agent: all that plays, scored and checked')
@@ -64,8 +65,9 @@ def command_run(a):
 def command_status(a): print(status_table(a.run))
 
 def command_claims(a):
-    from atari_hrvq.claims import show_claims
+    from atari_hrvq.claims import longest_ledger, show_claims
     table, made = read_claims(a.run), read_json(Path(a.run) / 'run.json', {})
+    if a.longest: table = longest_ledger(a.run)
     require(a.json + a.markdown + bool(a.into) < 2, 'claims: give one of --json, --markdown and --into')
     if a.into: write_between(a.into, results_table(table, made))
     else: print(json.dumps(table, indent=1) if a.json else results_table(table, made) if a.markdown else show_claims(table))

@@ -150,6 +150,7 @@ def ship_agent(run, folder, made, episodes=30):
             scores[g] = {**{k: ours[k] for k in ('mean', 'lo', 'hi', 'episodes', 'cut short', 'agent steps')}, 'seed': derive(stage.seed, 'scores'), 'random': chance['mean'], 'random lo': chance['lo'], 'random hi': chance['hi']}
     pack(agent, folder, contexts, scores, made)
     for g, e in last.items(): film(Agent.from_pretrained(folder), e, folder / f'dream-{g}.gif')
+    write_json(folder / 'run.json', config)
     write_atomic(folder / 'metrics.jsonl', ''.join((run / 'metrics' / f'{c}.jsonl').read_text() for c in ('10_agent', '11_evaluate') if (run / 'metrics' / f'{c}.jsonl').exists()))
     write_atomic(folder / 'README.md', agent_card(folder))
     return folder

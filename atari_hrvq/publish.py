@@ -78,6 +78,7 @@ def ship(run, name, to='pretrained', out=sys.stdout):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(to) / f, (run / 'artifacts' / f).read_bytes())
     write_atomic(folder / 'metrics.jsonl', (run / 'metrics' / f'{chapter}.jsonl').read_bytes())
+    write_atomic(folder / 'run.json', (run / 'run.json').read_bytes())
     write_atomic(folder / 'README.md', model_card(run, name, chapter))
     print(f'{name} of {run}: {sum((Path(to) / f).stat().st_size for f in files) / 1e6:.1f} MB in {folder}', file=out)
     return folder
@@ -115,11 +116,11 @@ def module_of(name):
 MARKERS = ('<!-- claims: written by atari-hrvq claims RUN --into FILE -->', '<!-- end of claims -->')
 
 def results_table(table, made):
-    "The ledger as Markdown: one line on the run (`run.json`), one row a claim."
+    "The ledger as Markdown: one line on the run (`run.json`), one row a claim, which says its profile if that is another one."
     from atari_hrvq.core import Table
     number = lambda x: '' if x is None else f'{x:.3g}'
-    rows = [{'claim': r['claim'], 'original': r['original'], 'ours': number(r['ours']) + (f' ({number(r["interval"][0])} to {number(r["interval"][1])})' if r['interval'] else ''), 'null': number(r['null']), 'verdict': r['verdict']} for r in table]
-    return f'Measured by one run: profile `{made.get("profile")}`, games {", ".join(made.get("games", []))}, seed {made.get("seed")}.\n\n{Table(rows)._repr_markdown_()}'
+    rows = [{'claim': r['claim'], 'original': r['original'], 'ours': number(r['ours']) + (f' ({number(r["interval"][0])} to {number(r["interval"][1])})' if r['interval'] else ''), 'null': number(r['null']), 'verdict': r['verdict'], 'profile': r['profile'] or ''} for r in table]
+    return f'Measured by a run at profile `{made.get("profile")}`, games {", ".join(made.get("games", []))}, seed {made.get("seed")}; rows of another profile by the runs behind `pretrained/`.\n\n{Table(rows)._repr_markdown_()}'
 
 # %% ../nbs/92_publish.ipynb #write-between
 def write_between(path, text):

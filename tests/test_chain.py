@@ -195,7 +195,7 @@ def test_ledger_is_whole_after_any_number_of_chapters():
     for profile, expected in (('smoke', 'open'), ('laptop', 'open'), ('gpu', 'refuted'), ('paper', 'refuted')):
         table = ledger(rows, profile)
         assert len(table) == 24 and table[2]['verdict'] == expected and all(r['verdict'] == 'open' for r in table if r['id'] != 'E3')
-        assert list(table[2]) == ['id', 'claim', 'original', 'ours', 'interval', 'null', 'verdict', 'seeds', 'frames', 'chapter', 'cell']
+        assert list(table[2]) == ['id', 'claim', 'original', 'ours', 'interval', 'null', 'verdict', 'profile', 'seeds', 'frames', 'chapter', 'cell']
     assert ledger([{**rows[0], 'note': 'decisive: counted'}], 'smoke')[2]['verdict'] == 'refuted'
     assert ledger([], 'smoke')[2]['ours'] is None
 
@@ -241,7 +241,7 @@ def test_ledger(smoke):
     table = json.loads(done.stdout)
     assert [r['id'] for r in table] == [c.id for c in CLAIMS] == 'E1 E2 E3 E4 E5 Q1 Q2 Q3 Q4 H1 H2 H3 H4 H5 W1 W2 W3 W4 W5 W6 P1 P2 P3 L1'.split()
     for r in table:
-        assert list(r) == ['id', 'claim', 'original', 'ours', 'interval', 'null', 'verdict', 'seeds', 'frames', 'chapter', 'cell']
+        assert list(r) == ['id', 'claim', 'original', 'ours', 'interval', 'null', 'verdict', 'profile', 'seeds', 'frames', 'chapter', 'cell']
         assert r['verdict'] in ('open', 'reproduced', 'exceeded', 'refuted', 'reproduced but worth nothing') and (r['ours'] is not None or r['verdict'] == 'open')
         if r['cell']: assert r['cell'] in [c['id'] for c in json.loads((ROOT / 'nbs' / f'{r["chapter"]}.ipynb').read_text())['cells']]
     assert 'E1' in (smoke / 'claims.md').read_text() and shell('claims', smoke).stdout.count('\n') >= len(CLAIMS)

@@ -189,13 +189,13 @@ def test_the_configuration_of_this_book():
 # ------------------------------------------------------------------ the results table
 
 def test_claims_into_a_file(tmp_path, capsys):
-    write_json(tmp_path / 'claims.json', [{'id': 'E1', 'claim': 'it dreams', 'original': 'yes', 'ours': .5, 'interval': [.4, .6], 'null': .1, 'verdict': 'reproduced', 'seeds': 1, 'frames': 9, 'chapter': '08_dream', 'cell': None}])
+    write_json(tmp_path / 'claims.json', [{'id': 'E1', 'claim': 'it dreams', 'original': 'yes', 'ours': .5, 'interval': [.4, .6], 'null': .1, 'verdict': 'reproduced', 'profile': 'overnight', 'seeds': 1, 'frames': 9, 'chapter': '08_dream', 'cell': None}])
     write_json(tmp_path / 'run.json', {'profile': 'laptop', 'games': ['pong'], 'seed': 3})
     readme = tmp_path / 'R.md'
     readme.write_text(f'before\n{P.MARKERS[0]}\nold\n{P.MARKERS[1]}\nafter\n')
     for _ in range(2): assert cli.main(['claims', str(tmp_path), '--into', str(readme)]) == 0
     text = readme.read_text()
-    assert '| it dreams | yes | 0.5 (0.4 to 0.6) | 0.1 | reproduced |' in text and 'profile `laptop`, games pong, seed 3' in text and 'old' not in text and text.startswith('before\n') and text.endswith('after\n')
+    assert '| it dreams | yes | 0.5 (0.4 to 0.6) | 0.1 | reproduced | overnight |' in text and 'profile `laptop`, games pong, seed 3' in text and 'old' not in text and text.startswith('before\n') and text.endswith('after\n')
     assert cli.main(['claims', str(tmp_path), '--markdown']) == 0 and '| it dreams |' in capsys.readouterr().out
     for arguments, expected in ((['--into', str(tmp_path / 'none.md')], 'does not exist'), (['--into', str(tmp_path / 'run.json')], 'does not hold the lines'), (['--json', '--markdown'], 'give one of')):
         assert cli.main(['claims', str(tmp_path), *arguments]) == 2 and expected in capsys.readouterr().err

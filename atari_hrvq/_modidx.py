@@ -460,6 +460,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                 'atari_hrvq.ppo.gae': ('ppo.html#gae', 'atari_hrvq/ppo.py'),
                                 'atari_hrvq.ppo.rollout': ('ppo.html#rollout', 'atari_hrvq/ppo.py'),
                                 'atari_hrvq.ppo.sample': ('ppo.html#sample', 'atari_hrvq/ppo.py'),
+                                'atari_hrvq.ppo.spread': ('ppo.html#spread', 'atari_hrvq/ppo.py'),
+                                'atari_hrvq.ppo.standardised': ('ppo.html#standardised', 'atari_hrvq/ppo.py'),
                                 'atari_hrvq.ppo.train_ppo': ('ppo.html#train_ppo', 'atari_hrvq/ppo.py')},
             'atari_hrvq.pretrained': { 'atari_hrvq.pretrained.agent_card': ('pretrained.html#agent_card', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.dream_of': ('pretrained.html#dream_of', 'atari_hrvq/pretrained.py'),

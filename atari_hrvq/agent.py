@@ -118,7 +118,7 @@ def join_tokens(parts):
 
 # %% ../nbs/10_agent.ipynb #improve
 def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), desc='dreaming'):
-    "Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, PPO's metrics)."
+    "Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, of all and of each game, PPO's metrics)."
     envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True)
     mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, desc, asdict(ppo.config)), 0, []
     saved = load_checkpoint(checkpoint, mark)
@@ -130,7 +130,8 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoi
         lived = rollout(envs, agent.policy, horizon, envs.reset(seed=derive(seed, desc, k) % 2**31), generator)
         metrics = ppo.update(lived, generator)
         valid = lived.valid.float()
-        history.append({'step': k, 'dream_reward': float((lived.rewards * valid).sum() / valid.sum()), **{n: float(v) for n, v in metrics.items()}})
+        mean = lambda m: float((lived.rewards * m).sum() / m.sum().clamp(min=1))
+        history.append({'step': k, 'dream_reward': mean(valid), **{f'dream_reward_{g}': mean(valid * (lived.game == i)) for i, g in enumerate(agent.games)}, **{n: float(v) for n, v in metrics.items()}})
         monitor(desc, history, 'dream_reward', last=k == iterations - 1)
         if checkpoint and time.time() - clock > every_s:
             clock = time.time()
@@ -208,7 +209,7 @@ def learn(stage, agent, ppo, replay, c, name='agent'):
             curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), desc=f'round {r}: dreaming')
             curves += [{**h, 'step': h['step'] + r * c.iterations, 'round': r} for h in curve]
             tail = curve[-max(1, len(curve) // 5):]
-            row = {'round': r, 'real_steps': sum(len(e) for e in next(iter(replay.values()))), 'dream_reward': float(np.mean([h['dream_reward'] for h in tail]))}
+            row = {'round': r, 'real_steps': sum(len(e) for e in next(iter(replay.values()))), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
             episodes = {} if last else play(agent, list(replay), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')
             for g, e in episodes.items():
                 store_episodes(stage, f'{name}-replay-{g}-{r}', e)
@@ -232,7 +233,7 @@ def known_before(agent, episodes, window, seed=0):
 
 def tell(row):
     "One line about a round that is over."
-    print(f'round {row["round"]}: {row["real_steps"]} real steps a game before it; reward a step: dreamt {row["dream_reward"]:+.4f}, ' + (', '.join(f'{k[12:]} {v:+.4f}' for k, v in row.items() if k.startswith('real_reward_')) or 'not played'), flush=True)
+    print(f'round {row["round"]}: {row["real_steps"]} real steps a game before it; reward a step: ' + ', '.join(f'{k[13:]} dreamt {v:+.4f}, real ' + (f'{row[f"real_reward_{k[13:]}"]:+.4f}' if f'real_reward_{k[13:]}' in row else 'not played') for k, v in row.items() if k.startswith('dream_reward_')), flush=True)
 
 def study(stage, agent, replay, c, r):
     "Tokenizer and world model learn from `replay` before the dreams of round `r`; returns the replay as `{game: Tokens}` and where its newest part begins."

@@ -13,8 +13,8 @@ from torch import nn
 from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, monitor, progress, require, save_checkpoint, seed_all)
 
 # %% auto #0
-__all__ = ['gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout', 'PPOConfig', 'PPO', 'ReturnCounter',
-           'train_ppo']
+__all__ = ['gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout', 'PPOConfig', 'standardised', 'spread',
+           'PPO', 'ReturnCounter', 'train_ppo']
 
 # %% ../nbs/09_ppo.ipynb #gae
 def gae(r_TB, v_TB, v_next_TB, terminated_TB, ended_TB, gamma, lam):
@@ -57,7 +57,7 @@ class ActorCritic(Pretrained):
 # %% ../nbs/09_ppo.ipynb #rollout
 @dataclass
 class Rollout:
-    "What was lived through, [T, B] each: `obs` [T, B, *shape], `masks` int8 [T, B, A], `actions`, `log_probs`, `values`, `next_values` (value of what followed), `rewards`, `terminated`, `ended`, `valid`; `state`: where to go on."
+    "What was lived through, [T, B] each: `obs` [T, B, *shape], `masks` int8 [T, B, A], `actions`, `log_probs`, `values`, `next_values` (value of what followed), `rewards`, `terminated`, `ended`, `valid`, `game` (number of the game, 0 if the environments name none); `state`: where to go on."
     obs: torch.Tensor
     masks: torch.Tensor
     actions: torch.Tensor
@@ -68,6 +68,7 @@ class Rollout:
     terminated: torch.Tensor
     ended: torch.Tensor
     valid: torch.Tensor
+    game: torch.Tensor
     state: tuple
 
 def sample(logits, generator):
@@ -86,15 +87,15 @@ def rollout(envs, policy, steps, state, generator):
     over = over[0] if over else torch.zeros(envs.num_envs, dtype=torch.bool, device=device)
     look = lambda x: x.to(device) if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x)).to(device)    # a copy: the environment may reuse its buffer
     everything = torch.ones(envs.num_envs, policy.config.actions, dtype=torch.int8, device=device)
-    rows = {k: [] for k in ('obs', 'masks', 'actions', 'log_probs', 'values', 'rewards', 'terminated', 'ended', 'valid')}
+    rows = {k: [] for k in ('obs', 'masks', 'actions', 'log_probs', 'values', 'rewards', 'terminated', 'ended', 'valid', 'game')}
     for _ in range(steps):
-        seen, mask = look(obs), look(info['action_mask']) if 'action_mask' in info else everything
+        seen, mask, game = look(obs), look(info['action_mask']) if 'action_mask' in info else everything, look(info['game']).long() if 'game' in info else torch.zeros_like(over, dtype=torch.long)
         logits, value = policy(seen, mask)
         action = sample(logits, generator)
         log_prob = logits.log_softmax(-1).gather(1, action[:, None])[:, 0]
         obs, reward, terminated, truncated, info = envs.step(action if tensors else action.cpu().numpy())
         terminated, ended = look(terminated).bool(), look(terminated).bool() | look(truncated).bool()
-        for k, x in dict(obs=seen, masks=mask, actions=action, log_probs=log_prob, values=value, rewards=look(reward).float(), terminated=terminated, ended=ended, valid=~over).items(): rows[k].append(x)
+        for k, x in dict(obs=seen, masks=mask, actions=action, log_probs=log_prob, values=value, rewards=look(reward).float(), terminated=terminated, ended=ended, valid=~over, game=game).items(): rows[k].append(x)
         over = ended if mode == AutoresetMode.NEXT_STEP else over | ended
     r = {k: torch.stack(v) for k, v in rows.items()}
     last = policy(look(obs), look(info['action_mask']) if 'action_mask' in info else everything)[1]
@@ -113,6 +114,20 @@ class PPOConfig:
     entropy_cost: float = .01
     max_grad: float = .5
 
+def standardised(a_N, game_N, least=.01):
+    "float [N] with mean 0 and deviation 1 within each game of int64 [N]; a deviation below `least` counts as `least`, for where nothing happens there is nothing to enlarge."
+    out = torch.empty_like(a_N)
+    for g in game_N.unique():
+        x = a_N[game_N == g]
+        out[game_N == g] = (x - x.mean()) / x.std(unbiased=False).clamp(min=least)
+    return out
+
+def spread(target_N, game_N, least=.1):
+    "float [N]: the variance of the returns in each row's own game, at least `least`."
+    out = torch.empty_like(target_N)
+    for g in game_N.unique(): out[game_N == g] = target_N[game_N == g].var(unbiased=False).clamp(min=least)
+    return out
+
 class PPO:
     "Improves an `ActorCritic` on `Rollout`s: `update(rollout, generator) -> metrics`. `state()` and `load_state()` for checkpoints."
     def __init__(self, policy, config=None):
@@ -122,35 +137,35 @@ class PPO:
     def state(self): return {'policy': self.policy.state_dict(), 'opt': self.opt.state_dict()}
     def load_state(self, state): self.policy.load_state_dict(state['policy']); self.opt.load_state_dict(state['opt'])
 
-    def losses(self, obs, mask, action, old, advantage, target):
-        "The three terms on flat rows [N], as a dict of scalars, and the mean of |rho - 1|."
+    def losses(self, obs, mask, action, old, advantage, target, variance=1.):
+        "The three terms on flat rows [N], as a dict of scalars, and the mean of |rho - 1|; `variance` of the returns, float [N] or one number."
         logits, value = self.policy(obs, mask)
         log_p = logits.log_softmax(-1)
         ratio = (log_p.gather(1, action[:, None])[:, 0] - old).exp()
         clipped = ratio.clamp(1 - self.config.clip, 1 + self.config.clip)
         entropy = -(log_p.exp() * log_p.masked_fill(mask == 0, 0)).sum(-1).mean()
-        return {'policy': -torch.min(ratio * advantage, clipped * advantage).mean(), 'value': (value - target).pow(2).mean(), 'entropy': -entropy}, (ratio - 1).abs().mean()
+        return {'policy': -torch.min(ratio * advantage, clipped * advantage).mean(), 'value': ((value - target).pow(2) / variance).mean(), 'entropy': -entropy}, (ratio - 1).abs().mean()
 
     def update(self, r, generator):
         c, keep = self.config, r.valid.flatten()
         require(bool(keep.any()), 'the rollout holds no valid step: reset the environments first')
         advantage = gae(r.rewards, r.values, r.next_values, r.terminated, r.ended, c.gamma, c.lam)
         flat = lambda x: x.flatten(0, 1)[keep]
-        target, a = flat(advantage + r.values), flat(advantage)
-        a = (a - a.mean()) / (a.std(unbiased=False) + 1e-5)
+        target, game = flat(advantage + r.values), flat(r.game)
+        a, variance = standardised(flat(advantage), game), spread(target, game)
         obs, mask, action, old = flat(r.obs), flat(r.masks), flat(r.actions), flat(r.log_probs)
         weights, total, n = {'policy': 1., 'value': c.value_cost, 'entropy': c.entropy_cost}, {}, 0
         for _ in range(c.epochs):
             for i in torch.randperm(len(a), generator=generator).to(a.device).chunk(c.minibatches):
-                parts, shift = self.losses(obs[i], mask[i], action[i], old[i], a[i], target[i])
+                parts, shift = self.losses(obs[i], mask[i], action[i], old[i], a[i], target[i], variance[i])
                 loss = sum(weights[k] * v for k, v in parts.items())
                 require(bool(torch.isfinite(loss)), 'the PPO loss is not finite: lower the learning rate')
                 self.opt.zero_grad(set_to_none=True); loss.backward()
                 nn.utils.clip_grad_norm_(self.policy.parameters(), c.max_grad)
                 self.opt.step(); n += 1
                 for k, v in {**parts, 'ratio_shift': shift}.items(): total[k] = total.get(k, 0.) + v.detach()
-        spread = target.var(unbiased=False)
-        return {**{f'loss_{k}' if k != 'ratio_shift' else k: float(v) / n for k, v in total.items()}, 'explained': float(1 - (target - flat(r.values)).var(unbiased=False) / spread) if spread > 0 else 0., 'value_mean': float(flat(r.values).mean())}
+        every = target.var(unbiased=False)
+        return {**{f'loss_{k}' if k != 'ratio_shift' else k: float(v) / n for k, v in total.items()}, 'explained': float(1 - (target - flat(r.values)).var(unbiased=False) / every) if every > 0 else 0., 'value_mean': float(flat(r.values).mean())}
 
 # %% ../nbs/09_ppo.ipynb #train-loop
 class ReturnCounter:

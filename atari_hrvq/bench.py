@@ -114,7 +114,7 @@ def bench_dream():
     """One imagined step of the default world model at batch 1, 64 and 1024, alone, with the policy, and drawn as a picture; at batch 16 what the tokenizer's grid costs here;
     and a training step. The floor is reading the weights that a step touches once, or multiplying by them, whichever is longer."""
     torch.manual_seed(0)
-    device, rows = best_device(), []
+    device, rows, threads = best_device(), [], torch.get_num_threads()
     big, square = torch.randn(8_000_000, device=device), torch.randn(1024, 1024, device=device)
     bandwidth = big.numel() * 4 / median_seconds(lambda: big.sum())
     flops = 2 * 1024 ** 3 / median_seconds(lambda: square @ square)
@@ -130,6 +130,11 @@ def bench_dream():
             world.faster(); world.step(cache, none)
             t = median_seconds(lambda: world.step(cache, none), *rounds)
             rows.append(bench_row(f'dream step batch {B}, compiled', 1000 * t, 'ms', t / least))
+        if B == 1 and device.type == 'cpu' and threads > 1:
+            torch.set_num_threads(1)                                  # so little work is done sooner by one thread than it is shared
+            t = median_seconds(lambda: world.step(cache, none), *rounds)
+            torch.set_num_threads(threads)
+            rows.append(bench_row(f'dream step batch {B}{", compiled" * world.compiled}, one thread', 1000 * t, 'ms', t / least))
         policy, tokenizer, generator = ActorCritic(ActorCriticConfig(obs_shape=(observation_size(world),))).to(device).eval(), Tokenizer(TokenizerConfig()).to(device).eval(), torch.Generator().manual_seed(0)
         mask = torch.ones(B, ACTIONS, dtype=torch.bool, device=device)
         @torch.no_grad()

@@ -4,23 +4,24 @@
 
 # %% ../nbs/13_bench.ipynb #imports
 from __future__ import annotations
-import contextlib, os, resource, shutil, time
+import contextlib, os, resource, shutil, subprocess, sys, time
 import ale_py
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from .core import FitConfig, GAMES, best_device, count_parameters, make_adamw
+from .agent import Agent
+from .core import FitConfig, GAMES, best_device, count_parameters, make_adamw, repo_path, require
 from .dream import observation_size, observe
 from .encoder import EncoderConfig, EncoderTraining, frame_batches
-from .frames import ACTIONS, RandomPolicy, collect
+from .frames import ACTIONS, RandomPolicy, collect, make_env
 from .hrvq import ResidualVQ, Tokenizer, TokenizerConfig
 from .moe import active_parameters
 from .ppo import ActorCritic, ActorCriticConfig, sample
 from .world import WorldConfig, WorldModel
 
 # %% auto #0
-__all__ = ['BENCHES', 'median_seconds', 'in_turns', 'bench_row', 'matmul_rate', 'bench_frames', 'bench_encoder',
-           'bench_quantizer', 'bench_dream']
+__all__ = ['FIRST_DREAM', 'BENCHES', 'median_seconds', 'in_turns', 'bench_row', 'matmul_rate', 'bench_frames', 'bench_encoder',
+           'bench_quantizer', 'bench_dream', 'bench_agent']
 
 # %% ../nbs/13_bench.ipynb #median
 def median_seconds(f, rounds=7, warm=2):
@@ -151,4 +152,39 @@ def bench_dream():
     rows.append(bench_row(f'world model training step, {active_parameters(world) / 1e6:.1f}M of {count_parameters(world) / 1e6:.1f}M parameters active', B * T / t, 'frames/s', t * flops / (6 * B * T * active_parameters(world))))
     return rows + [bench_row('peak memory of this process', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 'GB', None)]
 
-BENCHES = {'frames': bench_frames, 'encoder': bench_encoder, 'quantizer': bench_quantizer, 'dream': bench_dream}
+# %% ../nbs/13_bench.ipynb #agent
+FIRST_DREAM = """import torch
+from pathlib import Path
+from atari_hrvq.agent import Agent
+from atari_hrvq.core import load_tree
+folder = Path({folder!r}); agent, start = Agent.from_pretrained(folder), load_tree(folder / 'dream.safetensors')['start']
+cache = agent.world.eval().start(start['codes'], start['actions'], start['game'])
+step = agent.world.step(cache, torch.zeros(len(start['game']), dtype=torch.long))
+assert agent.tokenizer.decode(step.codes.to(torch.uint8), start['game']).shape[1:] == (84, 84)"""
+
+def bench_agent(steps=100, rounds=5, starts=3, root='pretrained'):
+    "The agents in `root` on one thread: seconds from a fresh Python to the first dreamt picture, and agent steps a second in a real game."
+    folders = sorted(f.parent.parent for f in repo_path(root).glob('*/policy/config.json'))
+    require(folders, f'{root} holds no agent: ship one first (atari-hrvq ship agent --run RUN)')
+    rows, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for folder in folders:
+            t = median_seconds(lambda: subprocess.run([sys.executable, '-c', FIRST_DREAM.format(folder=str(folder))], check=True), starts, 0)
+            rows.append(bench_row(f'{folder.name}: from a fresh Python to a dreamt picture', t, 's'))
+            agent = Agent.from_pretrained(folder)
+            for game in agent.games:
+                env = make_env(game, stack=0)
+                frame, _ = env.reset(seed=0); agent.start(game, 1); state = [frame, True]
+                def play(acts):
+                    for _ in range(steps):
+                        action = int(agent.act(state[0][None, None], np.array([state[1]]))[0]) if acts else 0
+                        frame, _, terminated, truncated, _ = env.step(action)
+                        state[:] = [env.reset()[0], True] if terminated or truncated else [frame, False]
+                alone, played = in_turns({'alone': lambda: play(False), 'agent': lambda: play(True)}, rounds).values()
+                rows.append(bench_row(f'{folder.name}: real {game}, one game, one thread', steps / played, 'agent steps/s', played / alone))
+                env.close()
+    finally: torch.set_num_threads(threads)
+    return rows
+
+BENCHES = {'frames': bench_frames, 'encoder': bench_encoder, 'quantizer': bench_quantizer, 'dream': bench_dream, 'agent': bench_agent}

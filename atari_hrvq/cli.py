@@ -16,7 +16,7 @@ __all__ = ['BENCHES', 'Parser', 'parser', 'command_run', 'command_status', 'comm
            'command_publish', 'command_ship', 'command_verify', 'command_evaluate', 'command_play', 'main']
 
 # %% ../nbs/93_cli.ipynb #parser
-BENCHES = ('frames', 'encoder', 'quantizer', 'dream')
+BENCHES = ('frames', 'encoder', 'quantizer', 'dream', 'agent')
 
 class Parser(argparse.ArgumentParser):
     "An `ArgumentParser` whose mistakes are `BookError`s."

@@ -103,3 +103,10 @@ def test_a_film_shows_the_real_frames_beside_the_dream(tmp_path):
     assert len(frames) <= 12 and frames[0].shape == (168, 340)                                       # equal pictures are one
     assert (frames[0][::2, :168:2] == played.frames[starts[0] + agent.context] // 8 * 8).mean() > .99
     with pytest.raises(BookError, match='film fewer steps'): film(agent, played, tmp_path / 'film.gif', steps=80)
+
+
+def test_the_benchmark_plays_what_is_there(folder, tmp_path):
+    from atari_hrvq.bench import bench_agent
+    rows = bench_agent(2, 1, 1, root=tmp_path)
+    assert [r['unit'] for r in rows] == ['s', 'agent steps/s'] and 0 < rows[0]['value'] < 60 and rows[1]['value'] > 0
+    with pytest.raises(BookError, match='holds no agent'): bench_agent(root=tmp_path / 'toy')

@@ -5,7 +5,7 @@
 # %% ../nbs/10_agent.ipynb #imports
 from __future__ import annotations
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -157,6 +157,7 @@ class LoopConfig:
     window: int = 20          # steps a window
     world_lr: float = 5e-4    # after the beginning, where it is twice that
     tokenizer_lr: float = 5e-4  # after the beginning, where it is four times that
+    last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
 
 # %% ../nbs/10_agent.ipynb #replay
 def replay_frames(replay, games, size):
@@ -197,9 +198,11 @@ def learn(stage, agent, ppo, replay, c, name='agent'):
     """The loop: study, dream, play, remember; `replay` {game: list of Episodes} grows in place. Returns the history of rounds and the curve of the dreams.
 
     After each round the whole state is a checkpoint and the new episodes are stored as seeds and actions."""
-    history, curves, mark, games = [], [], fingerprint('loop', asdict(c), stage.config), agent.games
+    history, curves, games = [], [], agent.games
     for r in range(c.rounds + 1):
         path, last = stage.checkpoint(f'round-{r}'), r == c.rounds
+        mark = fingerprint('loop', {**asdict(c), 'last': c.last if last else 1}, stage.config)      # the rounds before it do not depend on `last`
+        if last: c = replace(c, **{k: c.last * getattr(c, k) for k in ('tokenizer_steps', 'world_steps', 'iterations')})
         if saved := load_checkpoint(path, mark):
             agent.tokenizer.load_state_dict(saved['tokenizer']); agent.world.load_state_dict(saved['world']); agent.world.config.tokenizer = agent.tokenizer.hash()
             ppo.load_state(saved['ppo']); history, curves = saved['history'], saved['curves']
@@ -207,7 +210,7 @@ def learn(stage, agent, ppo, replay, c, name='agent'):
         else:
             data, recent = study(stage, agent, replay, c, r)
             curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), desc=f'round {r}: dreaming')
-            curves += [{**h, 'step': h['step'] + r * c.iterations, 'round': r} for h in curve]
+            curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
             tail = curve[-max(1, len(curve) // 5):]
             row = {'round': r, 'real_steps': sum(len(e) for e in next(iter(replay.values()))), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
             episodes = {} if last else play(agent, list(replay), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')

@@ -1,5 +1,6 @@
 """agent: a small loop is the same twice and the same when interrupted; what it remembers can be played again."""
 import copy
+from dataclasses import replace
 import numpy as np
 import pytest
 import torch
@@ -34,10 +35,10 @@ def fresh(parts):
     return agent, PPO(agent.policy), {g: [e] for g, e in parts[1].items()}
 
 
-def loop(parts, folder):
+def loop(parts, folder, config=LOOP):
     stage = Stage('10_agent', folder, 'smoke', GAMES, 0)
     agent, ppo, replay = fresh(parts)
-    history, curves = learn(stage, agent, ppo, replay, LOOP)
+    history, curves = learn(stage, agent, ppo, replay, config)
     state = {f'{n}.{k}': v for n in ('tokenizer', 'world', 'policy') for k, v in getattr(agent, n).state_dict().items()}
     return history, curves, state, {g: np.concatenate([e.actions for e in d]) for g, d in replay.items()}, stage, agent
 
@@ -68,6 +69,15 @@ def test_interrupted_anywhere_goes_on_the_same(parts, whole, tmp_path, monkeypat
     with pytest.raises(Killed): loop(parts, tmp_path)
     monkeypatch.setattr(module, where, original)
     equal(whole, loop(parts, tmp_path))
+
+
+def test_a_longer_last_round_goes_on_from_the_rounds_before_it(parts, whole, tmp_path, monkeypatch):
+    loop(parts, tmp_path)
+    played, original = [], module.play
+    monkeypatch.setattr(module, 'play', lambda *args, **kwargs: played.append(1) or original(*args, **kwargs))
+    history, curves, _, actions, _, _ = loop(parts, tmp_path, replace(LOOP, last=3))
+    assert not played and [h['round'] for h in curves] == [0] * 2 + [1] * 6 and [h['step'] for h in curves] == list(range(8))
+    assert history[0] == whole[0][0] and curves[:2] == whole[1][:2] and all(np.array_equal(x, whole[3][g]) for g, x in actions.items())
 
 
 def test_the_tokenizer_learns_and_the_others_follow(parts, whole):

@@ -16,13 +16,13 @@ from .core import BookError, read_json, require, write_atomic
 
 # %% auto #0
 __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'store_outputs', 'ship',
-           'model_card', 'module_of', 'results_table', 'write_between', 'Page', 'book_config', 'listed_pages',
-           'page_sources', 'processed', 'cell_options', 'fold', 'plain_text', 'alt_text', 'shown', 'forget_paths',
-           'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page', 'outside_code', 'in_prose',
-           'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of', 'bibliography', 'cite', 'label_numbers',
-           'boxes', 'translate', 'slug', 'markdown_renderer', 'page_body', 'page_html', 'check_page', 'check_pages',
-           'sections', 'render_html', 'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project',
-           'publish']
+           'rounding_kept', 'model_card', 'class_named', 'module_of', 'results_table', 'write_between', 'Page',
+           'book_config', 'listed_pages', 'page_sources', 'processed', 'cell_options', 'fold', 'plain_text', 'alt_text',
+           'shown', 'forget_paths', 'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page',
+           'outside_code', 'in_prose', 'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of',
+           'bibliography', 'cite', 'label_numbers', 'boxes', 'translate', 'slug', 'markdown_renderer', 'page_body',
+           'page_html', 'check_page', 'check_pages', 'sections', 'render_html', 'render_quarto', 'executed',
+           'differing', 'prepared_books', 'write_project', 'publish']
 
 # %% ../nbs/92_publish.ipynb #outputs
 def store_outputs(run, limit=200_000, out=sys.stderr):
@@ -65,7 +65,8 @@ def _plain(o):
 
 # %% ../nbs/92_publish.ipynb #ship
 def ship(run, name, to='pretrained', out=sys.stdout):
-    "Copy the model `name` of a run to `to/name/` with the metrics of the chapter that made it and a card; returns the folder."
+    "Put the model `name` of a run into `to/name/`, in half precision, with the metrics of the chapter that made it and a card; returns the folder."
+    import torch
     run, index = Path(run), read_json(Path(run) / 'artifacts' / 'index.json', {})
     files = [f for f in index if f.startswith(f'{name}/')]
     models = sorted({f.split('/')[0] for f in index if f.endswith('/config.json')})
@@ -73,18 +74,34 @@ def ship(run, name, to='pretrained', out=sys.stdout):
     chapter = index[files[0]]['chapter']
     require((run / 'stages' / f'{chapter}.json').exists(), f'chapter {chapter}, which makes {name}, is not finished in {run}: run it to its end first')
     check_files(run, chapter, {f'artifacts/{f}': index[f]['sha256'] for f in files})
-    folder = Path(to) / name
-    for f in files:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(to) / f, (run / 'artifacts' / f).read_bytes())
+    folder, cls = Path(to) / name, class_named(read_json(run / f'artifacts/{name}/config.json')['class'])
+    model = cls.from_pretrained(run / 'artifacts' / name)
+    model.save_pretrained(folder, torch.float16)
+    kept = rounding_kept(model, cls.from_pretrained(folder), run)
     write_atomic(folder / 'metrics.jsonl', (run / 'metrics' / f'{chapter}.jsonl').read_bytes())
     write_atomic(folder / 'run.json', (run / 'run.json').read_bytes())
-    write_atomic(folder / 'README.md', model_card(run, name, chapter))
-    print(f'{name} of {run}: {sum((Path(to) / f).stat().st_size for f in files) / 1e6:.1f} MB in {folder}', file=out)
+    write_atomic(folder / 'README.md', model_card(run, name, chapter, kept))
+    print(f'{name} of {run}: {(folder / "model.safetensors").stat().st_size / 1e6:.1f} MB in {folder}; {kept}', file=out)
     return folder
 
+# %% ../nbs/92_publish.ipynb #rounding
+def rounding_kept(model, rounded, run, n=500):
+    "A sentence: how much of what `model` says of `n` held-out frames a game of `run` does `rounded` say too."
+    import numpy as np, torch
+    from atari_hrvq.core import Stage
+    from atari_hrvq.frames import load_episodes
+    made, same = read_json(Path(run) / 'run.json'), []
+    for g in made['games']:
+        episodes = load_episodes(Stage('12_claims', run, made['profile'], made['games'], made['seed']), g, 'test')
+        frames = torch.from_numpy(episodes.stacks(np.linspace(0, len(episodes) - 1, n).astype(int)))
+        with torch.no_grad():
+            if hasattr(model, 'encode'): same.append((model.encode(frames) == rounded.encode(frames)).float().mean())
+            else: same.append((model(frames)[0] * rounded(frames)[0]).sum(-1).mean())
+    said = 'of the codes stay as they were' if hasattr(model, 'encode') else 'cosine of the vectors to what they were'
+    return f'rounded to half precision: {float(sum(same)) / len(same):.4f} {said}, on {n * len(same):,} held-out frames'
+
 # %% ../nbs/92_publish.ipynb #model-card
-def model_card(run, name, chapter):
+def model_card(run, name, chapter, kept):
     "Markdown: how to load a model, where it comes from, what its chapter measured."
     from atari_hrvq.core import Table
     rows = [json.loads(line) for line in (run / 'metrics' / f'{chapter}.jsonl').read_text().splitlines()]
@@ -101,11 +118,16 @@ def model_card(run, name, chapter):
 Made by chapter `{chapter}` at profile `{made['profile']}`, games {', '.join(made['games'])}, seed {made['seed']} (one seed), in {clock(took['seconds'])} on
 {machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}; torch {with_['torch']}, ale-py {with_['ale-py']}.
 Weights and configuration load without pickle. `metrics.jsonl` holds every figure and learning curve of the chapter; those below are what the same run measured, on held-out episodes.
+The weights are {kept}.
 
 {Table(figures)._repr_markdown_()}
 """
 
 # %% ../nbs/92_publish.ipynb #module-of
+def class_named(name):
+    "The class `name` of this package."
+    return getattr(import_module(f'atari_hrvq.{module_of(name)}'), name)
+
 def module_of(name):
     "The module of this package that defines the class `name`."
     for path in sorted(Path(atari_hrvq.__file__).parent.glob('*.py')):

@@ -246,8 +246,9 @@ def alt_text(options, heading, prose):
 
 # %% ../nbs/92_publish.ipynb #shown
 def shown(output):
-    "An output as a reader gets it: no noise on standard error, a widget by its twin."
+    "An output as a reader gets it: no noise on standard error, a widget by its twin, no count of executions (pandoc cannot read an empty one)."
     if output.get('name') == 'stderr': return None
+    if output['output_type'] == 'execute_result': output = {k: v for k, v in {**output, 'output_type': 'display_data'}.items() if k != 'execution_count'}
     data = output.get('data', {})
     if 'text/html' in data: output = {**output, 'data': {k: v for k, v in data.items() if not k.startswith('application/vnd.jupyter.widget')}}
     return {**output, **({'metadata': {}} if 'metadata' in output else {})}

@@ -38,7 +38,7 @@ def frames(outputs=True, extra=''):
         code(f'{MARK} default_exp frames', 'exp'), code(f'{MARK} export\nimport json', 'imports'),
         md('## The picture\n\nIt is dark. A dot is in the middle.', 'picture-md'),
         code(f'{MARK} label: fig-dot\n{MARK} fig-cap: "A dot."\nplot()', 'picture', done(show(image_png=DOT), v4.new_output('stream', name='stderr', text='noise'))),
-        code('plot(again)', 'again', done(show(image_png=DOT))),
+        code('plot(again)', 'again', done(v4.new_output('execute_result', {'image/png': DOT}, execution_count=None))),
         code('run = "runs/smoke"', 'parameters', tags=['parameters']), code('# Parameters\nrun = "/some/machine/runs/mine"', 'injected', tags=['injected-parameters']),
         code('print(run)', 'where', done(v4.new_output('stream', name='stdout', text='/some/machine/runs/mine/x'))),
         code('widget', 'widget', done(widget)),
@@ -86,7 +86,7 @@ def test_pages_without_quarto(book, tmp_path, no_quarto, capsys):
     words = json.loads((out / 'search.js').read_text().split('=', 1)[1])
     assert any(s['head'] == 'The picture' and s['url'] == '01_frames.html#the-picture' and 'dot' in s['text'] for s in words)
     kept = (tmp_path / '_proc' / '01_frames.ipynb').read_text()
-    assert 'fig-alt' in kept and 'default_exp' not in kept and (tmp_path / '_proc' / '_quarto.yml').read_bytes() == (root / '_quarto.yml').read_bytes()
+    assert 'fig-alt' in kept and 'default_exp' not in kept and '"execute_result"' not in kept and (tmp_path / '_proc' / '_quarto.yml').read_bytes() == (root / '_quarto.yml').read_bytes()
     assert P.publish(run, out, root) == out                                     # again, over the pages of last time
 
 

@@ -6,16 +6,17 @@
 from __future__ import annotations
 import ast, contextlib, fcntl, hashlib, json, os, platform, sys, threading, time
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 import atari_hrvq
 from .core import (BookError, GAMES, PROFILES, choices, file_hash, parse_games, read_json, require, write_json)
 
 # %% auto #0
-__all__ = ['STAGES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure', 'stage_key',
-           'stage_keys', 'upstream', 'clock', 'Watch', 'end_processes', 'hardware', 'versions', 'made_files',
-           'check_files', 'locked', 'busy', 'StageFailed', 'logged_kernel', 'execute', 'run_chain',
-           'kernel_environment', 'status_table', 'read_claims']
+__all__ = ['STAGES', 'PLACES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure',
+           'stage_key', 'stage_keys', 'upstream', 'clock', 'Watch', 'end_processes', 'hardware', 'versions',
+           'made_files', 'check_files', 'locked', 'busy', 'StageFailed', 'logged_kernel', 'execute', 'run_chain',
+           'kernel_environment', 'chain_job', 'sweep', 'status_table', 'read_claims']
 
 # %% ../nbs/91_book.ipynb #stages
 class StageSpec(NamedTuple):
@@ -320,6 +321,39 @@ def _run(root, folder, parameters, stages, a, forced, out):
     total = sum(x.get('seconds', 0) for x in done.values())
     print(f'all in {clock(time.time() - began)} now ({clock(total)} of work in this run), peak memory {max((x.get("peak_mb", 0) for x in done.values()), default=0)} MB', file=out, flush=True)
     return manifest
+
+# %% ../nbs/91_book.ipynb #sweep
+PLACES = ('here', 'local', 'slurm')
+
+def chain_job(folder, root, options):
+    "`run_chain` as a job: None, or one sentence about what went wrong."
+    try: run_chain(folder, root=root, **options)
+    except (BookError, StageFailed) as e: return str(e)
+
+def sweep(run, seeds, on='here', slurm=None, root=None, **options):
+    """Run the chain once for each of `seeds` into `run/seed-N`; returns the folders. `options` are those of `run_chain`.
+
+    `on`: 'here', one after the other; 'local', all at once on this machine; 'slurm', as jobs with the parameters `slurm` of submitit (`partition`, `gpus_per_node`, `timeout_min`, ...)."""
+    choices('place to run on', on, PLACES)
+    require(seeds and len(set(seeds)) == len(seeds), f'the seeds {list(seeds)} must be whole numbers, each named once')
+    require(not slurm or on == 'slurm', f'parameters of slurm ({", ".join(slurm or {})}) mean nothing on {on!r}: use --on slurm, or leave them out')
+    folders, root = {s: Path(run).absolute() / f'seed-{s}' for s in seeds}, root or repo_root()
+    if on == 'here': said = {s: chain_job(f, root, {**options, 'seed': s}) for s, f in folders.items()}
+    else:
+        require(find_spec('submitit'), "submitit, which starts the jobs, is not installed: pip install 'atari_hrvq[slurm]'")
+        import submitit
+        try:
+            executor = submitit.AutoExecutor(folder=Path(run).absolute() / 'jobs', cluster=on)
+            executor.update_parameters(name='atari-hrvq', **({'timeout_min': 24 * 60} if on == 'local' else {}), **(slurm or {}))
+        except (RuntimeError, NameError, TypeError) as e: raise BookError(f'submitit cannot start jobs on {on!r}: {e}') from None
+        jobs = {s: executor.submit(chain_job, f, root, {**options, 'seed': s}) for s, f in folders.items()}
+        try: said = {s: (str(e).strip().splitlines() or ['it ended without a word'])[-1] if (e := job.exception()) else job.result() for s, job in jobs.items()}
+        except KeyboardInterrupt:
+            for job in jobs.values(): job.cancel()
+            raise
+    failed = {s: e for s, e in said.items() if e}
+    if failed: raise StageFailed(f'{len(failed)} of {len(said)} seeds did not end; ' + '; '.join(f'seed {s}: {e}' for s, e in failed.items()) + '; run the same command again to go on')
+    return list(folders.values())
 
 # %% ../nbs/91_book.ipynb #status
 def status_table(run):

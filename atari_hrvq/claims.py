@@ -11,7 +11,7 @@ from .core import PROFILES, Stage, Table, choices, read_json, read_metrics, repo
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Claim', 'verdict', 'claim_row', 'ledger', 'show_claims', 'write_claims', 'kept_rows', 'longest',
-           'longest_ledger']
+           'longest_ledger', 'ledger_over']
 
 # %% ../nbs/12_claims.ipynb #claims
 class Claim(NamedTuple):
@@ -119,3 +119,19 @@ def longest_ledger(folder, root='pretrained'):
     made = read_json(Path(folder) / 'run.json', {})
     require(made, f'{folder} is not a run folder: run the chain first (atari-hrvq run --run {folder})')
     return ledger(longest(read_metrics(folder), made['profile'], len(made['games']), kept_rows(root)), made['profile'])
+
+# %% ../nbs/12_claims.ipynb #seeds
+def ledger_over(folders):
+    "The ledger over run folders that differ in nothing but the seed: means, with the lowest and the highest of the runs as intervals."
+    made = [read_json(Path(f) / 'run.json', {}) for f in folders]
+    for f, m in zip(folders, made, strict=True): require(m, f'{f} is not a run folder: run the chain first (atari-hrvq run --run {f})')
+    require(len({json.dumps({**m, 'seed': 0}, sort_keys=True) for m in made}) == 1, 'the runs differ in more than the seed: give runs of one profile, the same games and the same start')
+    require(len({m['seed'] for m in made}) == len(made), f'a seed stands twice among {[m["seed"] for m in made]}: give each run once')
+    found, rows = [read_metrics(f) for f in folders], []
+    for c in CLAIMS:
+        each = [claim_row([r for r in metrics if r.get('claim') == c.id]) for metrics in found]
+        if not all(each): continue
+        values, nulls = [r['value'] for r in each], [r.get('null') for r in each]
+        rows.append({**each[0], 'game': None, 'value': sum(values) / len(each), 'lo': min(values), 'hi': max(values), 'null': None if None in nulls else sum(nulls) / len(each), 'seeds': sum(r.get('seeds') or 1 for r in each),
+                     'note': each[0].get('note') if all(str(r.get('note')).startswith('decisive') for r in each) else ''})
+    return ledger(rows, made[0]['profile'])

@@ -7,13 +7,14 @@ from __future__ import annotations
 import argparse, json, os, signal, sys, threading
 from importlib import metadata
 from pathlib import Path
-from .book import STAGES, StageFailed, find_stage, hardware, read_claims, run_chain, status_table, versions
+from .book import PLACES, STAGES, StageFailed, find_stage, hardware, read_claims, run_chain, status_table, sweep, versions
 from .core import BookError, GAMES, PROFILES, Table, choices, read_json, require, write_json
 from .publish import publish, results_table, ship, store_outputs, write_between
 
 # %% auto #0
-__all__ = ['BENCHES', 'Parser', 'parser', 'command_run', 'command_status', 'command_claims', 'command_bench', 'command_outputs',
-           'command_publish', 'command_ship', 'command_verify', 'command_evaluate', 'command_play', 'main']
+__all__ = ['BENCHES', 'Parser', 'parser', 'command_run', 'whole_numbers', 'pairs', 'command_status', 'command_claims',
+           'command_bench', 'command_outputs', 'command_publish', 'command_ship', 'command_verify', 'command_evaluate',
+           'command_play', 'main']
 
 # %% ../nbs/93_cli.ipynb #parser
 BENCHES = ('frames', 'encoder', 'quantizer', 'dream', 'agent')
@@ -31,11 +32,14 @@ def parser():
     r.add_argument('--profile', default='laptop', help=f'budget: {", ".join(PROFILES)} (default: %(default)s)')
     r.add_argument('--games', default=','.join(GAMES), help='comma-separated (default: %(default)s)')
     r.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    r.add_argument('--seeds', help='several, comma-separated: one run each, in RUN/seed-N, and the ledger over them')
+    r.add_argument('--on', default='here', help=f'where several seeds run: {", ".join(PLACES)} (default: %(default)s, one after the other; local: all at once)')
+    r.add_argument('--slurm', action='append', default=[], metavar='KEY=VALUE', help='a parameter of submitit, such as partition=gpu or gpus_per_node=1 (repeat it)')
     r.add_argument('--start', default='scratch', help='scratch, or pretrained: train on from the shipped weights (default: %(default)s)')
     r.add_argument('--from', dest='first', metavar='CH', help='run from this chapter on, finished or not (04, hrvq or 04_hrvq)')
     r.add_argument('--to', dest='last', metavar='CH', help='stop after this chapter')
     s = sub.add_parser('status', help='what a run has done'); s.add_argument('run', help='the run folder')
-    c = sub.add_parser('claims', help='the ledger of a run'); c.add_argument('run', help='the run folder'); c.add_argument('--json', action='store_true', help='as JSON')
+    c = sub.add_parser('claims', help='the ledger of a run'); c.add_argument('run', nargs='+', help='the run folder, or several that differ in the seed'); c.add_argument('--json', action='store_true', help='as JSON')
     c.add_argument('--markdown', action='store_true', help='as a Markdown table'); c.add_argument('--into', metavar='FILE', help='write the Markdown table between the claims markers of this file')
     c.add_argument('--longest', action='store_true', help='let the runs behind pretrained/ speak for claims that they measured at a larger budget')
     b = sub.add_parser('bench', help='measure speed'); b.add_argument('name', nargs='?', help=f'one of {", ".join(BENCHES)} (default: all)'); b.add_argument('--json', metavar='FILE', help='also write the rows there')
@@ -55,19 +59,34 @@ def parser():
 
 # %% ../nbs/93_cli.ipynb #commands
 def command_run(a):
-    run_chain(a.run, a.profile, a.games, a.seed, a.first, a.last, start=a.start)
-    names = [s.name for s in STAGES]
+    options, names, folders = {'profile': a.profile, 'games': a.games, 'first': a.first, 'last': a.last, 'start': a.start}, [s.name for s in STAGES], [a.run]
+    require(a.seeds or (a.on == 'here' and not a.slurm), '--on and --slurm are for several seeds: give --seeds 0,1,2')
+    if a.seeds: folders = sweep(a.run, whole_numbers(a.seeds), a.on, pairs(a.slurm), **options)
+    else: run_chain(a.run, seed=a.seed, **options)
     if not a.last or names.index(find_stage(a.last)) >= names.index('12_claims'):
-        from atari_hrvq.claims import show_claims
-        print(show_claims(read_claims(a.run)))
-    print(f'executed notebooks: {Path(a.run) / "notebooks"}')
+        from atari_hrvq.claims import ledger_over, show_claims
+        print(show_claims(ledger_over(folders) if a.seeds else read_claims(a.run)))
+    print(f'executed notebooks: {", ".join(str(Path(f) / "notebooks") for f in folders)}')
+
+def whole_numbers(text):
+    "'0,1,2' as [0, 1, 2]."
+    parts = text.split(',')
+    require(all(p.strip().isdecimal() for p in parts), f'--seeds {text!r} is not a list of whole numbers from 0 on: expected something like 0,1,2')
+    return [int(p) for p in parts]
+
+def pairs(texts):
+    "['gpus_per_node=1', 'partition=gpu'] as a dict; whole numbers become numbers."
+    for t in texts: require('=' in t, f'--slurm {t!r} is not KEY=VALUE: expected something like partition=gpu')
+    return {k: int(v) if v.isdecimal() else v for k, v in (t.split('=', 1) for t in texts)}
 
 def command_status(a): print(status_table(a.run))
 
 def command_claims(a):
-    from atari_hrvq.claims import longest_ledger, show_claims
-    table, made = read_claims(a.run), read_json(Path(a.run) / 'run.json', {})
-    if a.longest: table = longest_ledger(a.run)
+    from atari_hrvq.claims import ledger_over, longest_ledger, show_claims
+    made = read_json(Path(a.run[0]) / 'run.json', {})
+    require(len(a.run) == 1 or not a.longest, 'claims: --longest is for one run')
+    if len(a.run) > 1: made['seed'] = ', '.join(str(read_json(Path(f) / 'run.json', {}).get('seed')) for f in a.run)
+    table = ledger_over(a.run) if len(a.run) > 1 else longest_ledger(a.run[0]) if a.longest else read_claims(a.run[0])
     require(a.json + a.markdown + bool(a.into) < 2, 'claims: give one of --json, --markdown and --into')
     if a.into: write_between(a.into, results_table(table, made))
     else: print(json.dumps(table, indent=1) if a.json else results_table(table, made) if a.markdown else show_claims(table))

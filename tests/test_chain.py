@@ -59,6 +59,13 @@ def wait_for(condition, seconds=90):
     (['verify', 'nowhere'], 'nowhere has no manifest.json: expected a folder that atari-hrvq ship wrote'),
     (['evaluate', 'nowhere', '--game', 'pong'], 'nowhere does not hold an Agent'),
     (['ship', 'agent', '--run', 'nowhere'], 'chapter 10_agent, which makes the agent, is not finished'),
+    (['run', '--seeds', '0,x'], "--seeds '0,x' is not a list of whole numbers from 0 on"),
+    (['run', '--seeds', '1,1'], r'the seeds \[1, 1\] must be whole numbers, each named once'),
+    (['run', '--seeds', '0,1', '--on', 'moon'], "unknown place to run on 'moon'"),
+    (['run', '--slurm', 'partition=gpu'], '--on and --slurm are for several seeds'),
+    (['run', '--seeds', '0', '--on', 'slurm', '--slurm', 'gpu'], "--slurm 'gpu' is not KEY=VALUE"),
+    (['claims', 'nowhere', 'elsewhere'], 'nowhere is not a run folder'),
+    (['claims', 'nowhere', 'elsewhere', '--longest'], 'claims: --longest is for one run'),
     (['dance'], 'invalid choice'), ([], 'required')])
 def test_mistakes_on_the_command_line(arguments, expected, tmp_path, capsys):
     if arguments[:1] == ['run'] and '--colour' not in arguments: arguments = [*arguments, '--run', tmp_path / 'r']
@@ -135,6 +142,23 @@ def test_what_a_chapter_can_do(body, tags, code, expected, tmp_path, capsys, mon
     assert re.search(expected, err[-1]) and not any('Traceback' in line for line in err), err
     assert json.loads((tmp_path / 'r' / 'manifest.json').read_text())['stages']['01_frames']['state'] == 'failed'
     assert not list((tmp_path / 'r' / 'notebooks').glob('.*'))
+
+
+def test_a_sweep_is_one_run_a_seed_here_and_as_jobs(tmp_path, capsys, monkeypatch):
+    fine = WRITE.format(seed='seed')
+    monkeypatch.setattr(book, 'repo_root', lambda: small_book(tmp_path / 'book', fine + 'if seed == 3: 1 / 0'))
+    call = lambda where, seeds, *more: cli.main(['run', '--run', str(tmp_path / where), '--seeds', seeds, '--on', where, '--profile', 'smoke', '--games', 'pong', '--to', '01', *more])
+    for where in ('here', 'local'):
+        assert call(where, '0,2') == 0
+        made = [json.loads((tmp_path / where / f'seed-{s}' / 'run.json').read_text()) if (tmp_path / where / f'seed-{s}' / 'run.json').exists() else json.loads((tmp_path / where / f'seed-{s}' / 'stages' / '01_frames.json').read_text()) for s in (0, 2)]
+        assert [m['seed'] for m in made] == [0, 2] and not (tmp_path / where / 'seed-1').exists()
+        capsys.readouterr()
+        assert call(where, '2,3') == 1                                       # one goes wrong, the other is done
+        err = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search(r'1 of 2 seeds did not end; seed 3: 01_frames failed with ZeroDivisionError: .*; run the same command again to go on', err), err
+    sentence(capsys, ['run', '--run', tmp_path / 'x', '--seeds', '0,1', '--on', 'slurm'], "submitit cannot start jobs on 'slurm'")
+    sentence(capsys, ['run', '--run', tmp_path / 'x', '--seeds', '0,1', '--slurm', 'partition=gpu'], r"parameters of slurm \(partition\) mean nothing on 'here'")
+    assert not (tmp_path / 'x').exists() or not list((tmp_path / 'x').glob('seed-*'))
 
 
 def test_keys_follow_code_parameters_and_upstream(tmp_path):

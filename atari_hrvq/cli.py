@@ -44,7 +44,7 @@ def parser():
     c.add_argument('--longest', action='store_true', help='let the runs behind pretrained/ speak for claims that they measured at a larger budget')
     b = sub.add_parser('bench', help='measure speed'); b.add_argument('name', nargs='?', help=f'one of {", ".join(BENCHES)} (default: all)'); b.add_argument('--json', metavar='FILE', help='also write the rows there')
     o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
-    w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, motion_tokenizer, or agent: all that plays, scored and checked')
+    w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, motion_tokenizer; agent: all that plays, scored and checked; or a chapter, such as A2_ablations: its figures alone')
     w.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)'); w.add_argument('--to', default='pretrained', help='default: %(default)s')
     w.add_argument('--as', dest='label', default='three-games', help='the folder of an agent (default: %(default)s)'); w.add_argument('--episodes', type=int, default=30, help='whole games that an agent is scored on (default: %(default)s)')
     v = sub.add_parser('verify', help='check shipped weights: files, sizes, a stored dream'); v.add_argument('folder', help='such as pretrained/three-games')

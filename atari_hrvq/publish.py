@@ -16,10 +16,10 @@ from .core import BookError, read_json, require, write_atomic
 
 # %% auto #0
 __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'store_outputs', 'ship',
-           'rounding_kept', 'model_card', 'class_named', 'module_of', 'results_table', 'write_between', 'Page',
-           'book_config', 'listed_pages', 'page_sources', 'processed', 'cell_options', 'fold', 'plain_text', 'alt_text',
-           'shown', 'forget_paths', 'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page',
-           'outside_code', 'in_prose', 'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of',
+           'ship_figures', 'rounding_kept', 'model_card', 'chapter_card', 'class_named', 'module_of', 'results_table',
+           'write_between', 'Page', 'book_config', 'listed_pages', 'page_sources', 'processed', 'cell_options', 'fold',
+           'plain_text', 'alt_text', 'shown', 'forget_paths', 'prepare', 'exported', 'signature', 'docstring', 'entry',
+           'api_page', 'outside_code', 'in_prose', 'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of',
            'bibliography', 'cite', 'label_numbers', 'boxes', 'translate', 'slug', 'markdown_renderer', 'page_body',
            'page_html', 'check_page', 'check_pages', 'sections', 'render_html', 'render_quarto', 'executed',
            'differing', 'prepared_books', 'write_project', 'publish']
@@ -65,9 +65,10 @@ def _plain(o):
 
 # %% ../nbs/92_publish.ipynb #ship
 def ship(run, name, to='pretrained', out=sys.stdout):
-    "Put the model `name` of a run into `to/name/`, in half precision, with the metrics of the chapter that made it and a card; returns the folder."
+    "Put the model `name` of a run into `to/name/`, in half precision, with the metrics of the chapter that made it and a card; the name of a chapter keeps its figures alone. Returns the folder."
     import torch
     run, index = Path(run), read_json(Path(run) / 'artifacts' / 'index.json', {})
+    if name in [s.name for s in STAGES]: return ship_figures(run, name, Path(to) / name, out)
     files = [f for f in index if f.startswith(f'{name}/')]
     models = sorted({f.split('/')[0] for f in index if f.endswith('/config.json')})
     require(files, f'{run} holds no model {name!r}: expected one of {", ".join(models) or "those that a finished chapter saved"}')
@@ -78,10 +79,17 @@ def ship(run, name, to='pretrained', out=sys.stdout):
     model = cls.from_pretrained(run / 'artifacts' / name)
     model.save_pretrained(folder, torch.float16)
     kept = rounding_kept(model, cls.from_pretrained(folder), run)
-    write_atomic(folder / 'metrics.jsonl', (run / 'metrics' / f'{chapter}.jsonl').read_bytes())
-    write_atomic(folder / 'run.json', (run / 'run.json').read_bytes())
+    ship_figures(run, chapter, folder, out)
     write_atomic(folder / 'README.md', model_card(run, name, chapter, kept))
     print(f'{name} of {run}: {(folder / "model.safetensors").stat().st_size / 1e6:.1f} MB in {folder}; {kept}', file=out)
+    return folder
+
+def ship_figures(run, chapter, folder, out=sys.stdout):
+    "Keep what a chapter of `run` measured in `folder`, with a card, where the figures are worth keeping and there are no weights; returns the folder."
+    require((run / 'stages' / f'{chapter}.json').exists(), f'chapter {chapter} is not finished in {run}: run it to its end first')
+    for f, source in (('metrics.jsonl', run / 'metrics' / f'{chapter}.jsonl'), ('run.json', run / 'run.json')): write_atomic(folder / f, source.read_bytes())
+    write_atomic(folder / 'README.md', f'# {chapter}\n\n{chapter_card(run, chapter)}')
+    print(f'figures of {chapter} in {run}: {folder}', file=out)
     return folder
 
 # %% ../nbs/92_publish.ipynb #rounding
@@ -103,22 +111,28 @@ def rounding_kept(model, rounded, run, n=500):
 # %% ../nbs/92_publish.ipynb #model-card
 def model_card(run, name, chapter, kept):
     "Markdown: how to load a model, where it comes from, what its chapter measured."
-    from atari_hrvq.core import Table
-    rows = [json.loads(line) for line in (run / 'metrics' / f'{chapter}.jsonl').read_text().splitlines()]
-    config, made, took, manifest = (read_json(run / p, {}) for p in (f'artifacts/{name}/config.json', 'run.json', f'stages/{chapter}.json', 'manifest.json'))
-    machine, with_ = manifest.get('hardware') or hardware(), manifest.get('versions') or versions()          # a run of plain papermill has no manifest
-    number = lambda r, k: f'{r[k]:.4g}' if r.get(k) is not None else ''
-    figures = [{'figure': r['name'], 'game': r.get('game', 'all'), 'value': number(r, 'value'), 'interval': f'{number(r, "lo")} to {number(r, "hi")}' if 'lo' in r else '', 'null': number(r, 'null'), 'frames': r.get('frames'), 'note': r.get('note')}
-               for r in rows if 'name' in r]
+    cls = read_json(run / f'artifacts/{name}/config.json')['class']
     return f"""# {name}
 
-    from atari_hrvq.{module_of(config['class'])} import {config['class']}
-    model = {config['class']}.from_pretrained('pretrained/{name}')
+    from atari_hrvq.{module_of(cls)} import {cls}
+    model = {cls}.from_pretrained('pretrained/{name}')
 
-Made by chapter `{chapter}` at profile `{made['profile']}`, games {', '.join(made['games'])}, seed {made['seed']} (one seed), in {clock(took['seconds'])} on
+Weights and configuration load without pickle. They are {kept}.
+
+{chapter_card(run, chapter)}"""
+
+def chapter_card(run, chapter):
+    "Markdown: where the figures of a chapter come from, and which they are."
+    from atari_hrvq.core import Table
+    rows = [json.loads(line) for line in (run / 'metrics' / f'{chapter}.jsonl').read_text().splitlines()]
+    made, took, manifest = (read_json(run / p, {}) for p in ('run.json', f'stages/{chapter}.json', 'manifest.json'))
+    machine, with_ = manifest.get('hardware') or hardware(), manifest.get('versions') or versions()          # a run of plain papermill has no manifest
+    number = lambda r, k: f'{r[k]:.4g}' if r.get(k) is not None else ''
+    figures = [{'figure': r['name'], 'game': r.get('game') or 'all', 'value': number(r, 'value'), 'interval': f'{number(r, "lo")} to {number(r, "hi")}' if 'lo' in r else '', 'null': number(r, 'null'), 'seeds': r.get('seeds'), 'frames': r.get('frames'), 'note': r.get('note')}
+               for r in rows if 'name' in r]
+    return f"""Made by chapter `{chapter}` at profile `{made['profile']}`, games {', '.join(made['games'])}, seed {made['seed']}, in {clock(took['seconds'])} on
 {machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}; torch {with_['torch']}, ale-py {with_['ale-py']}.
-Weights and configuration load without pickle. `metrics.jsonl` holds every figure and learning curve of the chapter; those below are what the same run measured, on held-out episodes.
-The weights are {kept}.
+`metrics.jsonl` holds every figure and learning curve of the chapter; those below are what the same run measured, on held-out episodes.
 
 {Table(figures)._repr_markdown_()}
 """

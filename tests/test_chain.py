@@ -362,4 +362,6 @@ def test_ship_copies_weights_with_a_card_of_measured_figures(smoke, tmp_path, ca
     row = next(r for r in map(json.loads, (tmp_path / 'encoder' / 'metrics.jsonl').read_text().splitlines()) if r.get('name') == 'diversity')
     assert f'| diversity | all | {row["value"]:.4g} |' in card and 'from atari_hrvq.encoder import Encoder' in card and 'profile `smoke`' in card
     assert re.search(r'rounded to half precision: (0\.999\d|1\.0000) cosine of the vectors', card)
+    assert cli.main(['ship', 'A2_ablations', '--run', str(smoke), '--to', str(tmp_path)]) == 0
+    assert (tmp_path / 'A2_ablations' / 'metrics.jsonl').read_bytes() == (smoke / 'metrics' / 'A2_ablations.jsonl').read_bytes() and '| parameters_saved | all |' in (tmp_path / 'A2_ablations' / 'README.md').read_text()
     sentence(capsys, ['ship', 'crown', '--run', smoke], "holds no model 'crown': expected one of agent")

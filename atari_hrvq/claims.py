@@ -108,7 +108,7 @@ def kept_rows(root='pretrained'):
 
 def longest(rows, profile, games, kept):
     "For each claim the rows of the largest budget among `rows` of a run (`profile`, number of `games`) and those of `kept_rows`."
-    every = [({**r, 'profile': profile, 'games': games}, 1) for r in rows if r.get('claim')] + [(r, 0) for r in kept]
+    every = [({**r, 'profile': profile, 'games': games}, 1) for r in rows if r.get('claim')] + [(r, 0) for r in kept if r['games'] >= games]
     size = lambda r, mine: (r['games'], PROFILES.index(r['profile']), mine)
     best = {}
     for r, mine in every: best[r['claim']] = max(best.get(r['claim'], (0,)), size(r, mine))

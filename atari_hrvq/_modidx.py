@@ -92,6 +92,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                    'atari_hrvq.claims.ledger_over': ('claims.html#ledger_over', 'atari_hrvq/claims.py'),
                                    'atari_hrvq.claims.longest': ('claims.html#longest', 'atari_hrvq/claims.py'),
                                    'atari_hrvq.claims.longest_ledger': ('claims.html#longest_ledger', 'atari_hrvq/claims.py'),
+                                   'atari_hrvq.claims.made_with': ('claims.html#made_with', 'atari_hrvq/claims.py'),
                                    'atari_hrvq.claims.show_claims': ('claims.html#show_claims', 'atari_hrvq/claims.py'),
                                    'atari_hrvq.claims.verdict': ('claims.html#verdict', 'atari_hrvq/claims.py'),
                                    'atari_hrvq.claims.write_claims': ('claims.html#write_claims', 'atari_hrvq/claims.py')},

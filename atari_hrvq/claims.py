@@ -11,7 +11,7 @@ from .core import PROFILES, Stage, Table, choices, read_json, read_metrics, repo
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Claim', 'verdict', 'claim_row', 'ledger', 'show_claims', 'write_claims', 'kept_rows', 'longest',
-           'longest_ledger', 'ledger_over']
+           'made_with', 'longest_ledger', 'ledger_over']
 
 # %% ../nbs/12_claims.ipynb #claims
 class Claim(NamedTuple):
@@ -114,17 +114,21 @@ def longest(rows, profile, games, kept):
     for r, mine in every: best[r['claim']] = max(best.get(r['claim'], (0,)), size(r, mine))
     return [r for r, mine in every if size(r, mine) == best[r['claim']]]
 
-def longest_ledger(folder, root='pretrained'):
-    "The ledger of a run folder where the shipped runs may speak for claims that they measured at a larger budget."
+def made_with(folder):
+    "The parameters that a run folder was made with."
     made = read_json(Path(folder) / 'run.json', {})
     require(made, f'{folder} is not a run folder: run the chain first (atari-hrvq run --run {folder})')
+    return made
+
+def longest_ledger(folder, root='pretrained'):
+    "The ledger of a run folder where the shipped runs may speak for claims that they measured at a larger budget."
+    made = made_with(folder)
     return ledger(longest(read_metrics(folder), made['profile'], len(made['games']), kept_rows(root)), made['profile'])
 
 # %% ../nbs/12_claims.ipynb #seeds
 def ledger_over(folders):
     "The ledger over run folders that differ in nothing but the seed: means, with the lowest and the highest of the runs as intervals."
-    made = [read_json(Path(f) / 'run.json', {}) for f in folders]
-    for f, m in zip(folders, made, strict=True): require(m, f'{f} is not a run folder: run the chain first (atari-hrvq run --run {f})')
+    made = [made_with(f) for f in folders]
     require(len({json.dumps({**m, 'seed': 0}, sort_keys=True) for m in made}) == 1, 'the runs differ in more than the seed: give runs of one profile, the same games and the same start')
     require(len({m['seed'] for m in made}) == len(made), f'a seed stands twice among {[m["seed"] for m in made]}: give each run once')
     found, rows = [read_metrics(f) for f in folders], []

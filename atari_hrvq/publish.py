@@ -66,30 +66,29 @@ def _plain(o):
 # %% ../nbs/92_publish.ipynb #ship
 def ship(run, name, to='pretrained', out=sys.stdout):
     "Put the model `name` of a run into `to/name/`, in half precision, with the metrics of the chapter that made it and a card; the name of a chapter keeps its figures alone. Returns the folder."
-    import torch
-    run, index = Path(run), read_json(Path(run) / 'artifacts' / 'index.json', {})
-    if name in [s.name for s in STAGES]: return ship_figures(run, name, Path(to) / name, out)
+    run, folder, index = Path(run), Path(to) / name, read_json(Path(run) / 'artifacts' / 'index.json', {})
+    if name in [s.name for s in STAGES]:
+        require((run / 'stages' / f'{name}.json').exists(), f'chapter {name} is not finished in {run}: run it to its end first')
+        print(f'figures of {name} in {run}: {folder}', file=out)
+        return ship_figures(run, name, folder, f'# {name}\n\n{chapter_card(run, name)}')
     files = [f for f in index if f.startswith(f'{name}/')]
     models = sorted({f.split('/')[0] for f in index if f.endswith('/config.json')})
     require(files, f'{run} holds no model {name!r}: expected one of {", ".join(models) or "those that a finished chapter saved"}')
     chapter = index[files[0]]['chapter']
     require((run / 'stages' / f'{chapter}.json').exists(), f'chapter {chapter}, which makes {name}, is not finished in {run}: run it to its end first')
     check_files(run, chapter, {f'artifacts/{f}': index[f]['sha256'] for f in files})
-    folder, cls = Path(to) / name, class_named(read_json(run / f'artifacts/{name}/config.json')['class'])
+    import torch
+    cls = class_named(read_json(run / f'artifacts/{name}/config.json')['class'])
     model = cls.from_pretrained(run / 'artifacts' / name)
     model.save_pretrained(folder, torch.float16)
     kept = rounding_kept(model, cls.from_pretrained(folder), run)
-    ship_figures(run, chapter, folder, out)
-    write_atomic(folder / 'README.md', model_card(run, name, chapter, kept))
     print(f'{name} of {run}: {(folder / "model.safetensors").stat().st_size / 1e6:.1f} MB in {folder}; {kept}', file=out)
-    return folder
+    return ship_figures(run, chapter, folder, model_card(run, name, chapter, kept))
 
-def ship_figures(run, chapter, folder, out=sys.stdout):
-    "Keep what a chapter of `run` measured in `folder`, with a card, where the figures are worth keeping and there are no weights; returns the folder."
-    require((run / 'stages' / f'{chapter}.json').exists(), f'chapter {chapter} is not finished in {run}: run it to its end first')
+def ship_figures(run, chapter, folder, card):
+    "Keep what a chapter of `run` measured in `folder`, with the Markdown `card`; returns the folder."
     for f, source in (('metrics.jsonl', run / 'metrics' / f'{chapter}.jsonl'), ('run.json', run / 'run.json')): write_atomic(folder / f, source.read_bytes())
-    write_atomic(folder / 'README.md', f'# {chapter}\n\n{chapter_card(run, chapter)}')
-    print(f'figures of {chapter} in {run}: {folder}', file=out)
+    write_atomic(folder / 'README.md', card)
     return folder
 
 # %% ../nbs/92_publish.ipynb #rounding

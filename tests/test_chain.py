@@ -150,7 +150,7 @@ def test_a_sweep_is_one_run_a_seed_here_and_as_jobs(tmp_path, capsys, monkeypatc
     call = lambda where, seeds, *more: cli.main(['run', '--run', str(tmp_path / where), '--seeds', seeds, '--on', where, '--profile', 'smoke', '--games', 'pong', '--to', '01', *more])
     for where in ('here', 'local'):
         assert call(where, '0,2') == 0
-        made = [json.loads((tmp_path / where / f'seed-{s}' / 'run.json').read_text()) if (tmp_path / where / f'seed-{s}' / 'run.json').exists() else json.loads((tmp_path / where / f'seed-{s}' / 'stages' / '01_frames.json').read_text()) for s in (0, 2)]
+        made = [json.loads((tmp_path / where / f'seed-{s}' / 'stages' / '01_frames.json').read_text()) for s in (0, 2)]
         assert [m['seed'] for m in made] == [0, 2] and not (tmp_path / where / 'seed-1').exists()
         capsys.readouterr()
         assert call(where, '2,3') == 1                                       # one goes wrong, the other is done

@@ -14,22 +14,23 @@ from .core import (FitConfig, Stage, derive, fingerprint, fit, load_checkpoint, 
 from .dream import Contexts, DreamVectorEnv, observation_size, observe
 from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
-from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, rollout
+from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, life_returns, rollout, score_of_lives
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
 __all__ = ['Agent', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn',
-           'known_before', 'tell', 'study']
+           'known_before', 'tell', 'study', 'going_on', 'first_play']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
     """Plays real games through the world model's eyes.
 
     `start(game, n, seed)` prepares `n` games (one name, or a list of names); `act(frames uint8 [n, T, 84, 84], restart bool [n]) -> int64 [n]`,
-    where `restart` marks rows whose frame is the first of an episode. `last_value` float [n] is the critic's opinion of what `act` saw."""
-    def __init__(self, tokenizer, world, policy, context=8):
+    where `restart` marks rows whose frame is the first of an episode. `last_value` float [n] is the critic's opinion of what `act` saw.
+    `real_steps`: agent steps of each game that it has learned from."""
+    def __init__(self, tokenizer, world, policy, context=8, real_steps=0):
         world.check_tokenizer(tokenizer)
-        self.tokenizer, self.world, self.policy, self.context = tokenizer, world, policy, context
+        self.tokenizer, self.world, self.policy, self.context, self.real_steps = tokenizer, world, policy, context, real_steps
         self.games, self.codes = list(world.config.games), None
 
     @classmethod
@@ -43,7 +44,7 @@ class Agent:
     def save_pretrained(self, folder, dtype=None):
         folder = Path(folder)
         for name in ('tokenizer', 'world', 'policy'): getattr(self, name).save_pretrained(folder / name, dtype)
-        write_json(folder / 'config.json', {'class': 'Agent', 'context': self.context})
+        write_json(folder / 'config.json', {'class': 'Agent', 'context': self.context, 'real_steps': self.real_steps})
         return folder
 
     @classmethod
@@ -51,7 +52,7 @@ class Agent:
         folder = Path(folder)
         config = read_json(folder / 'config.json', {})
         require(config.get('class') == 'Agent', f'{folder} does not hold an Agent: expected the folder that Agent.save_pretrained wrote')
-        return cls(Tokenizer.from_pretrained(folder / 'tokenizer', device), WorldModel.from_pretrained(folder / 'world', device), ActorCritic.from_pretrained(folder / 'policy', device), config['context'])
+        return cls(Tokenizer.from_pretrained(folder / 'tokenizer', device), WorldModel.from_pretrained(folder / 'world', device), ActorCritic.from_pretrained(folder / 'policy', device), config['context'], config.get('real_steps', 0))
 
     def start(self, game, n, seed=0):
         names = [game] * n if isinstance(game, str) else list(game)
@@ -155,7 +156,8 @@ class LoopConfig:
     horizon: int = 16         # steps a dream
     batch: int = 24           # windows a world-model step
     window: int = 20          # steps a window
-    world_lr: float = 5e-4    # after the beginning, where it is twice that
+    world_lr: float = 5e-4    # after the beginning
+    begin_lr: float = 1e-3
     tokenizer_lr: float = 5e-4  # after the beginning, where it is four times that
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
 
@@ -197,8 +199,8 @@ def fresh_agent(stage, replay, c, context=8):
 def learn(stage, agent, ppo, replay, c, name='agent'):
     """The loop: study, dream, play, remember; `replay` {game: list of Episodes} grows in place. Returns the history of rounds and the curve of the dreams.
 
-    After each round the whole state is a checkpoint and the new episodes are stored as seeds and actions."""
-    history, curves, games = [], [], agent.games
+    After each round the whole state is a checkpoint and the new episodes are stored as seeds and actions. `agent.real_steps` counts on."""
+    history, curves, games, before = [], [], agent.games, agent.real_steps
     for r in range(c.rounds + 1):
         path, last = stage.checkpoint(f'round-{r}'), r == c.rounds
         mark = fingerprint('loop', {**asdict(c), 'last': c.last if last else 1}, stage.config)      # the rounds before it do not depend on `last`
@@ -212,15 +214,16 @@ def learn(stage, agent, ppo, replay, c, name='agent'):
             curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), desc=f'round {r}: dreaming')
             curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
             tail = curve[-max(1, len(curve) // 5):]
-            row = {'round': r, 'real_steps': sum(len(e) for e in next(iter(replay.values()))), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
+            row = {'round': r, 'real_steps': before + sum(len(e) for e in next(iter(replay.values()))), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
             episodes = {} if last else play(agent, list(replay), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')
             for g, e in episodes.items():
                 store_episodes(stage, f'{name}-replay-{g}-{r}', e)
-                row[f'real_reward_{g}'] = float(np.sign(e.rewards).mean())
+                row[f'real_reward_{g}'], row[f'score_{g}'] = float(np.sign(e.rewards).mean()), score_of_lives(g, life_returns(e))
                 row.update({f'{k}_{g}': v for k, v in known_before(agent, e, c.window, stage.seed).items()})
             history.append(row); tell(row)
             save_checkpoint(path, mark, {'tokenizer': agent.tokenizer.state_dict(), 'world': agent.world.state_dict(), 'ppo': ppo.state(), 'history': history, 'curves': curves})
         for g, e in episodes.items(): replay[g].append(e)
+    agent.real_steps = history[-1]['real_steps']
     return history, curves
 
 def known_before(agent, episodes, window, seed=0):
@@ -247,5 +250,17 @@ def study(stage, agent, replay, c, r):
     data = {g: join_tokens([tokenise(agent.tokenizer, e) for e in parts]) for g, parts in replay.items()}
     recent = {g: len(data[g]) - len(parts[-1]) for g, parts in replay.items()} if r else None
     if steps := c.world_steps if r else c.begin_world:
-        fit(agent.world, token_batches(data, c.batch, c.window, recent), FitConfig(steps, lr=c.world_lr * (1 if r else 2), weight_decay=.05), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
+        fit(agent.world, token_batches(data, c.batch, c.window, recent), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
     return data, recent
+
+# %% ../nbs/10_agent.ipynb #going-on
+def going_on(c):
+    "The loop for an agent that has learned before: no beginning, half the rounds, twice the study and the dreams in each."
+    return replace(c, rounds=max(1, c.rounds // 2), iterations=2 * c.iterations, world_steps=2 * c.world_steps, first=0, begin_tokenizer=0, begin_world=2 * c.world_steps, begin_lr=c.world_lr)
+
+def first_play(stage, agent, c):
+    "What `agent` plays before its first round, as a replay {game: [Episodes]}; stored as seeds and actions, and not played again if it is there."
+    names = {g: f'agent-first-{g}' for g in agent.games}
+    if not all(f'{n}.safetensors' in stage.index() for n in names.values()):
+        for g, e in play(agent, agent.games, c.envs, c.real_steps // c.envs, derive(stage.seed, 'first'), desc='playing before learning').items(): store_episodes(stage, names[g], e)
+    return {g: [load_stored(stage, n)] for g, n in names.items()}

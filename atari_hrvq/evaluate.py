@@ -14,8 +14,8 @@ from .frames import LEGAL, action_mask, make_env
 from .ppo import ActorCritic, sample
 
 # %% auto #0
-__all__ = ['RANDOM_SCORE', 'HUMAN_SCORE', 'human_normalised', 'iqm', 'bootstrap_interval', 'evaluate', 'check_full_game',
-           'RandomAgent', 'PolicyAgent', 'record_video']
+__all__ = ['RANDOM_SCORE', 'HUMAN_SCORE', 'human_normalised', 'iqm', 'bootstrap_interval', 'bootstrap_difference',
+           'steps_to_reach', 'evaluate', 'check_full_game', 'RandomAgent', 'PolicyAgent', 'record_video']
 
 # %% ../nbs/11_evaluate.ipynb #hns
 RANDOM_SCORE = {'pong': -20.7, 'breakout': 1.7, 'ms_pacman': 307.3}
@@ -36,6 +36,20 @@ def bootstrap_interval(scores, statistic=np.mean, draws=2000, level=.95, seed=0)
     rng = rng_for(seed, 'stratified')
     values = [statistic(np.concatenate([g[rng.integers(len(g), size=len(g))] for g in groups])) for _ in range(draws)]
     return (float(statistic(np.concatenate(groups))), *(float(x) for x in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])))
+
+# %% ../nbs/11_evaluate.ipynb #difference
+def bootstrap_difference(a, b, seed=0, draws=2000, level=.95):
+    "`(difference, lo, hi)` of the means of two independent lists of scores, each redrawn."
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    require(len(a) and len(b), 'a difference needs at least one score on each side')
+    rng = rng_for(seed, 'difference')
+    values = a[rng.integers(len(a), size=(draws, len(a)))].mean(1) - b[rng.integers(len(b), size=(draws, len(b)))].mean(1)
+    return (float(a.mean() - b.mean()), *(float(x) for x in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])))
+
+def steps_to_reach(steps, scores, target):
+    "The first of `steps` at which a learning curve is at `target` or above it; None if it never is. Points without a score (NaN) are passed over."
+    at = np.flatnonzero(np.asarray(scores) >= target)
+    return int(np.asarray(steps)[at[0]]) if len(at) else None
 
 # %% ../nbs/11_evaluate.ipynb #evaluate
 def evaluate(agent, game, episodes, seed=0, greedy=False, max_steps=27_000, protocol='atari100k', desc=None):

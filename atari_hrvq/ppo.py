@@ -13,8 +13,8 @@ from torch import nn
 from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, monitor, progress, require, save_checkpoint, seed_all)
 
 # %% auto #0
-__all__ = ['gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout', 'PPOConfig', 'standardised', 'spread',
-           'PPO', 'ReturnCounter', 'train_ppo']
+__all__ = ['LIVES', 'gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout', 'PPOConfig', 'standardised',
+           'spread', 'PPO', 'ReturnCounter', 'train_ppo', 'life_returns', 'score_of_lives']
 
 # %% ../nbs/09_ppo.ipynb #gae
 def gae(r_TB, v_TB, v_next_TB, terminated_TB, ended_TB, gamma, lam):
@@ -203,3 +203,18 @@ def train_ppo(make_envs, policy, config, total_steps, *, seed=0, horizon=64, chu
         if checkpoint: save_checkpoint(checkpoint, mark, {'ppo': ppo.state(), 'chunk': k + 1, 'history': history})
     envs.close()
     return history
+
+# %% ../nbs/09_ppo.ipynb #lives
+LIVES = {'pong': 1, 'breakout': 5, 'ms_pacman': 3}
+
+def life_returns(episodes):
+    "Unclipped returns of the lives that were played to their end in an `Episodes`, float [n]."
+    over = episodes.life_lost | episodes.terminated | episodes.truncated
+    last = over.copy()
+    last[:-1] |= episodes.episode[1:] != episodes.episode[:-1]; last[-1] = True               # a stretch that was left unfinished
+    at = np.flatnonzero(last)
+    return np.diff(np.cumsum(episodes.rewards)[at], prepend=0.)[over[at]]
+
+def score_of_lives(game, returns):
+    "The mean score of a whole game from `returns` of its lives; None if no life came to its end."
+    return LIVES[game] * float(np.mean(returns)) if len(returns) else None

@@ -49,7 +49,7 @@ def halved(agent, folder):
     tokenizer = Tokenizer.from_pretrained(folder / 'tokenizer')
     world = WorldModel(agent.world.config); world.load_state_dict(agent.world.state_dict())
     world.follow(tokenizer)
-    Agent(tokenizer, world, agent.policy.cpu(), agent.context).save_pretrained(folder, torch.float16)
+    Agent(tokenizer, world, agent.policy.cpu(), agent.context, agent.real_steps).save_pretrained(folder, torch.float16)
     return Agent.from_pretrained(folder)
 
 def pack(agent, folder, contexts, scores, made, steps=15, seed=0):

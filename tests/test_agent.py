@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from atari_hrvq import agent as module
-from atari_hrvq.agent import Agent, LoopConfig, fresh_agent, head, learn, play, replay_frames
+from atari_hrvq.agent import Agent, LoopConfig, first_play, fresh_agent, going_on, head, learn, play, replay_frames
 from atari_hrvq.core import BookError, Stage, load_tree
 from atari_hrvq.frames import LEGAL, RandomPolicy, collect, load_stored
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
@@ -103,6 +103,20 @@ def test_a_fresh_agent_sees_only_what_it_is_given(parts, tmp_path):
     assert all(len(p[0]) == 60 and len(p[0].seeds) == p[0].episode[-1] + 1 for p in replay.values())
     agent = fresh_agent(Stage('10_agent', tmp_path, 'smoke', GAMES, 0), replay, loop)
     assert agent.tokenizer.started and agent.world.config.tokenizer == agent.tokenizer.hash()
+
+
+def test_an_agent_that_goes_on_plays_first_once_and_counts_on(parts, tmp_path, monkeypatch):
+    stage = Stage('10_agent', tmp_path, 'smoke', GAMES, 0)
+    agent, ppo, _ = fresh(parts)
+    agent.real_steps, config = 1000, going_on(replace(LOOP, rounds=3, first=60, begin_tokenizer=9))
+    assert (config.rounds, config.iterations, config.first, config.begin_world, config.begin_lr) == (1, 4, 0, 2 * LOOP.world_steps, LOOP.world_lr)
+    replay = first_play(stage, agent, config)
+    monkeypatch.setattr(module, 'play', None)                                                       # what is stored is not played again
+    assert all(np.array_equal(first_play(stage, agent, config)[g][0].frames, replay[g][0].frames) and len(replay[g][0]) == 24 for g in GAMES)
+    monkeypatch.undo()
+    history, _ = learn(stage, agent, ppo, replay, config)
+    assert [h['real_steps'] for h in history] == [1024, 1048] and agent.real_steps == 1048
+    assert Agent.from_pretrained(agent.save_pretrained(tmp_path / 'a')).real_steps == 1048
 
 
 def test_checkpoints_are_small_and_without_pickle(whole):

@@ -3,7 +3,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from atari_hrvq.core import BookError
-from atari_hrvq.evaluate import RandomAgent, bootstrap_interval, check_full_game, evaluate, human_normalised, iqm
+from atari_hrvq.evaluate import RandomAgent, bootstrap_difference, bootstrap_interval, check_full_game, evaluate, human_normalised, iqm, steps_to_reach
 from atari_hrvq.frames import make_env
 
 
@@ -29,6 +29,17 @@ def test_intervals_cover_at_the_nominal_rate(statistic):
     assert .90 <= np.mean(hits) <= .99
 
 
+def test_the_interval_of_a_difference_covers_at_the_nominal_rate():
+    rng = np.random.default_rng(1)
+    hits = [lo <= 2 <= hi for i in range(300) for _, lo, hi in [bootstrap_difference(rng.normal(3, 1, 30), rng.normal(1, 2, 20), i, 200)]]
+    assert .90 <= np.mean(hits) <= .99
+
+
+def test_steps_to_reach_a_score():
+    curve = [np.nan, 2., 1., 4.]
+    assert [steps_to_reach([1, 2, 3, 4], curve, x) for x in (1.5, 3., 5.)] == [2, 4, None]
+
+
 def test_bootstrap_keeps_the_weight_of_each_game():
     _, lo, hi = bootstrap_interval({'a': [0.] * 5, 'b': [1.] * 5})
     assert lo == hi == .5
@@ -43,6 +54,6 @@ def test_reference_scores():
     assert human_normalised('ms_pacman', 6951.6) == 1 and human_normalised('breakout', 1.7) == 0
 
 
-@pytest.mark.parametrize('call, message', [(lambda: human_normalised('tetris', 0), 'unknown game'), (lambda: evaluate(RandomAgent(), 'pong', 0), 'episodes must be positive'), (lambda: bootstrap_interval({}), 'at least one score')])
+@pytest.mark.parametrize('call, message', [(lambda: human_normalised('tetris', 0), 'unknown game'), (lambda: evaluate(RandomAgent(), 'pong', 0), 'episodes must be positive'), (lambda: bootstrap_interval({}), 'at least one score'), (lambda: bootstrap_difference([], [1.]), 'at least one score')])
 def test_bad_input(call, message):
     with pytest.raises(BookError, match=message): call()

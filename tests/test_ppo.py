@@ -6,7 +6,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings, strategies as hs
 from atari_hrvq.core import BookError
-from atari_hrvq.ppo import PPO, ActorCritic, ActorCriticConfig, PPOConfig, ReturnCounter, gae, rollout, sample, train_ppo
+from atari_hrvq.frames import RandomPolicy, collect, make_env
+from atari_hrvq.ppo import LIVES, PPO, ActorCritic, ActorCriticConfig, PPOConfig, ReturnCounter, gae, life_returns, rollout, sample, score_of_lives, train_ppo
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -276,3 +277,16 @@ def test_policy_saves_and_loads(tmp_path):
     policy.save_pretrained(tmp_path)
     x = torch.randn(4, 2)
     for a, b in zip(policy.eval()(x), ActorCritic.from_pretrained(tmp_path)(x), strict=True): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('game', LIVES)
+def test_lives_are_what_the_emulator_says(game):
+    env = make_env(game); _, info = env.reset(seed=0); env.close()
+    assert max(1, info['lives']) == LIVES[game]
+
+
+def test_the_lives_of_whole_games_add_up_to_their_scores():
+    played = collect('breakout', RandomPolicy('breakout'), 900, 0)
+    ends = np.flatnonzero(played.terminated)
+    whole = played.rewards[:ends[-1] + 1]
+    assert len(ends) >= 3 and score_of_lives('breakout', life_returns(played)[:5 * len(ends)]) == pytest.approx(whole.sum() / len(ends))

@@ -192,6 +192,7 @@ class LevelHeads(nn.Module):
     def norms(self):
         "Squared norms [L, K] of the codes, computed again only when the codebook has changed."
         book = self.codebook
+        if torch.compiler.is_compiling(): return book.pow(2).sum(-1)             # a compiled graph cannot ask; it does this in passing
         if getattr(self, '_norms', (None,))[0] != (key := (book.data_ptr(), book._version)): self._norms = key, book.pow(2).sum(-1)
         return self._norms[1]
 

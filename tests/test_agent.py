@@ -109,7 +109,7 @@ def test_an_agent_that_goes_on_plays_first_once_and_counts_on(parts, tmp_path, m
     stage = Stage('10_agent', tmp_path, 'smoke', GAMES, 0)
     agent, ppo, _ = fresh(parts)
     agent.real_steps, config = 1000, going_on(replace(LOOP, rounds=3, first=60, begin_tokenizer=9))
-    assert (config.rounds, config.iterations, config.first, config.begin_world, config.begin_lr) == (1, 4, 0, 2 * LOOP.world_steps, LOOP.world_lr)
+    assert (config.rounds, config.iterations, config.first, config.begin_world, config.begin_lr) == (1, 4, 0, LOOP.world_steps, LOOP.world_lr)
     replay = first_play(stage, agent, config)
     monkeypatch.setattr(module, 'play', None)                                                       # what is stored is not played again
     assert all(np.array_equal(first_play(stage, agent, config)[g][0].frames, replay[g][0].frames) and len(replay[g][0]) == 24 for g in GAMES)

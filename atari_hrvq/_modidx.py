@@ -479,6 +479,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                 'atari_hrvq.ppo.train_ppo': ('ppo.html#train_ppo', 'atari_hrvq/ppo.py')},
             'atari_hrvq.pretrained': { 'atari_hrvq.pretrained.agent_card': ('pretrained.html#agent_card', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.dream_of': ('pretrained.html#dream_of', 'atari_hrvq/pretrained.py'),
+                                       'atari_hrvq.pretrained.fidelity_of_play': ( 'pretrained.html#fidelity_of_play',
+                                                                                   'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.film': ('pretrained.html#film', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.halved': ('pretrained.html#halved', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.pack': ('pretrained.html#pack', 'atari_hrvq/pretrained.py'),

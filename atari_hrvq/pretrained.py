@@ -12,13 +12,15 @@ from .agent import Agent
 from .core import (BookError, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, read_json, require, rng_for, save_tree, seed_all,
                              write_atomic, write_json)
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
+from .encoder import labels_at, state_fidelity
 from .evaluate import RandomAgent, evaluate
 from .frames import load_stored
 from .hrvq import Tokenizer
 from .world import WorldModel, tokenise
 
 # %% auto #0
-__all__ = ['PARTS', 'dream_of', 'halved', 'pack', 'verify', 'score', 'film', 'ship_agent', 'agent_card']
+__all__ = ['PARTS', 'FOLLOWED', 'dream_of', 'halved', 'pack', 'verify', 'score', 'film', 'fidelity_of_play', 'ship_agent',
+           'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -125,6 +127,23 @@ def film(agent, episodes, path, steps=75, stretches=3, seed=0):
     dream_gif(path, episodes.frames[(starts[:, None] + c + np.arange(steps)).ravel()], decoded)
     return starts
 
+# %% ../nbs/14_pretrained.ipynb #fidelity
+FOLLOWED = ('ball', 'paddle', 'player', 'sue', 'inky', 'pinky', 'blinky')
+
+def fidelity_of_play(tokenizer, parts, kind='mlp', seed=0, steps=1_200):
+    "`{variable: (R^2, R^2 of an untrained tokenizer)}` from the codes of the last of `parts`, by a probe fitted on the others. `parts`: Episodes of one game, oldest first; the untrained codebooks start on their frames."
+    require(len(parts) > 1, f'one part to learn from and one to test on are needed, got {len(parts)}: let the agent play another round')
+    torch.manual_seed(seed)
+    null, tokenizer = Tokenizer(tokenizer.config).eval(), tokenizer.cpu().eval()
+    null.background.load_state_dict(tokenizer.background.state_dict())
+    frames = [torch.from_numpy(np.concatenate([p.frames for p in ps]))[:, None] for ps in (parts[:-1], parts[-1:])]
+    some = frames[0][::max(1, len(frames[0]) // 1_500)]
+    null.start(some, torch.full((len(some),), null.game_index(parts[0].game)))
+    y, names, present = zip(*(labels_at(p, np.arange(len(p))) for p in parts), strict=True)
+    labels = (np.concatenate(y[:-1]), names[0], np.concatenate(present[:-1])), (y[-1], names[0], present[-1])
+    trained, never = (state_fidelity(*(t.embed(t.encode(f)).flatten(1).numpy() for f in frames), *labels, kind, seed, steps) for t in (tokenizer, null))
+    return {k: (v, never[k]) for k, v in trained.items() if k.split('_')[0] in FOLLOWED}
+
 # %% ../nbs/14_pretrained.ipynb #ship
 def ship_agent(run, folder, made, episodes=30):
     """Pack the agent of a finished `run` into `folder`, with scores over `episodes` whole games, a stored dream from its replay, and a card.
@@ -134,14 +153,16 @@ def ship_agent(run, folder, made, episodes=30):
     config = read_json(run / 'run.json', {})
     require((run / 'stages' / '10_agent.json').exists(), f'chapter 10_agent, which makes the agent, is not finished in {run}: run it to its end first')
     stage = Stage('11_evaluate', run, config['profile'], config['games'], config['seed'])
-    agent, replay, codes, last = stage.load('agent', Agent), {}, {}, {}
+    agent, replay, codes, last, known = stage.load('agent', Agent), {}, {}, {}, {}
     for g in stage.games:
         parts = sorted((f for f in stage.index() if f.startswith(f'agent-replay-{g}-')), key=lambda f: int(f.split('-')[-1].split('.')[0]))
-        replay[g], last[g] = {f: stage.index()[f]['sha256'] for f in parts}, load_stored(stage, parts[-1].removesuffix('.safetensors'))
-        codes[g] = tokenise(agent.tokenizer, last[g])
+        first = [f for f in stage.index() if f == f'agent-first-{g}.safetensors']
+        replay[g], played = {f: stage.index()[f]['sha256'] for f in first + parts}, [load_stored(stage, f.removesuffix('.safetensors')) for f in first + parts]
+        last[g], codes[g] = played[-1], tokenise(agent.tokenizer, played[-1])
+        if len(played) > 1: known[g] = fidelity_of_play(agent.tokenizer, played, seed=stage.seed)
     contexts = Contexts(codes, agent.games, agent.context)(2 * len(stage.games), rng_for(stage.seed, 'stored dream'))
     steps = {r['name']: r for r in map(json.loads, (run / 'metrics' / '10_agent.jsonl').read_text().splitlines()) if 'name' in r}['real_steps']['value']
-    made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'learned from': replay}
+    made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'learned from': replay, 'known from the codes': known}
     with tempfile.TemporaryDirectory() as t:
         halved(agent, t)
         scores = {}
@@ -159,7 +180,9 @@ def agent_card(folder):
     "Markdown: how to load the agent, what it scores, what it was made from, what it cannot do."
     made, scores = read_json(folder / 'manifest.json')['made'], read_json(folder / 'scores.json')
     rows = [{'game': g, 'score': s['mean'], '95% interval': f'{s["lo"]:.1f} to {s["hi"]:.1f}', 'random play': s['random'], 'its interval': f'{s["random lo"]:.1f} to {s["random hi"]:.1f}', 'episodes': s['episodes'], 'cut short': s['cut short']} for g, s in scores.items()]
-    told = {k: v for k, v in made.items() if k not in ('learned from', 'games')}
+    told = {k: v for k, v in made.items() if k not in ('learned from', 'games', 'known from the codes')}
+    known = [{'game': g, 'variable': k, 'R^2 from the codes': v, 'untrained tokenizer': null} for g, found in made.get('known from the codes', {}).items() for k, (v, null) in found.items()]
+    seen = f'On frames of its last round of play, its codes tell where things are; a probe learned from the rounds before:\n\n{Table(known, digits=2)._repr_markdown_()}\n' if known else ''
     return f"""# {folder.name}
 
     from atari_hrvq.agent import Agent
@@ -174,6 +197,7 @@ Whole games, unclipped, up to 30 no-ops at the start, no sticky actions, actions
 
 {Table(rows, digits=2)._repr_markdown_()}
 
+{seen}
 {Table([{'what': k, 'value': str(v)} for k, v in told.items()])._repr_markdown_()}
 
 It has seen these games only, {made['agent steps']:,} agent steps of all together, and was not asked to play with sticky actions. `metrics.jsonl` holds every figure and curve of its training

@@ -5,8 +5,8 @@ import torch
 from atari_hrvq.agent import Agent
 from atari_hrvq.core import BookError
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
-from atari_hrvq.frames import RandomPolicy, collect
-from atari_hrvq.pretrained import dream_of, film, pack, score, verify
+from atari_hrvq.frames import RandomPolicy, ReadingPolicy, collect
+from atari_hrvq.pretrained import dream_of, fidelity_of_play, film, pack, score, verify
 from atari_hrvq.world import WorldModel
 
 SMALL = dict(dim=32, heads=2, experts=(1, 2), windows=(4, 8), hidden=32, shared_hidden=8, cell_hidden=16)
@@ -110,3 +110,12 @@ def test_the_benchmark_plays_what_is_there(folder, tmp_path):
     rows = bench_agent(2, 1, 1, root=tmp_path)
     assert [r['unit'] for r in rows] == ['s', 'agent steps/s'] and 0 < rows[0]['value'] < 60 and rows[1]['value'] > 0
     with pytest.raises(BookError, match='holds no agent'): bench_agent(root=tmp_path / 'toy')
+
+
+def test_what_the_codes_know_of_the_last_part_stands_beside_untrained_codes():
+    parts = [collect('pong', ReadingPolicy('pong'), 300, s) for s in (0, 1)]
+    tokenizer = make().tokenizer
+    found = fidelity_of_play(tokenizer, parts, 'ridge')
+    assert {k.split('_')[0] for k in found} == {'ball', 'paddle'} and all(a <= 1 and b <= 1 for a, b in found.values())
+    assert found == fidelity_of_play(tokenizer, parts, 'ridge') and any(a != b for a, b in found.values())
+    with pytest.raises(BookError, match='another round'): fidelity_of_play(tokenizer, parts[:1])

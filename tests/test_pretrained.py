@@ -116,6 +116,6 @@ def test_what_the_codes_know_of_the_last_part_stands_beside_untrained_codes():
     parts = [collect('pong', ReadingPolicy('pong'), 300, s) for s in (0, 1)]
     tokenizer = make().tokenizer
     found = fidelity_of_play(tokenizer, parts, 'ridge')
-    assert {k.split('_')[0] for k in found} == {'ball', 'paddle'} and all(a <= 1 and b <= 1 for a, b in found.values())
+    assert {k.split('_')[0] for k in found} == {'ball', 'player'} and all(a <= 1 and b <= 1 for a, b in found.values())
     assert found == fidelity_of_play(tokenizer, parts, 'ridge') and any(a != b for a, b in found.values())
     with pytest.raises(BookError, match='another round'): fidelity_of_play(tokenizer, parts[:1])

@@ -13,8 +13,9 @@ from torch import nn
 from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, monitor, progress, require, save_checkpoint, seed_all)
 
 # %% auto #0
-__all__ = ['LIVES', 'gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout', 'PPOConfig', 'standardised',
-           'spread', 'PPO', 'ReturnCounter', 'train_ppo', 'life_returns', 'score_of_lives']
+__all__ = ['OBJECTIVES', 'LIVES', 'gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout', 'PPOConfig',
+           'ppo_objective', 'reinforce_objective', 'pmpo_objective', 'standardised', 'spread', 'PPO', 'ReturnCounter',
+           'train_ppo', 'life_returns', 'score_of_lives']
 
 # %% ../nbs/09_ppo.ipynb #gae
 def gae(r_TB, v_TB, v_next_TB, terminated_TB, ended_TB, gamma, lam):
@@ -114,6 +115,26 @@ class PPOConfig:
     value_cost: float = .5
     entropy_cost: float = .01
     max_grad: float = .5
+    objective: str = 'ppo'          # of the policy: 'ppo', 'pmpo' or 'reinforce'
+    kl_cost: float = .3             # of leaving the policy that played; PMPO only
+
+def ppo_objective(log_p_N, old_N, a_N, c):
+    "`-mean min(rho A, clip(rho) A)` (Schulman et al., 2017) from log-probabilities of what was done, now and when it was done, and advantages."
+    rho = (log_p_N - old_N).exp()
+    return -torch.min(rho * a_N, rho.clamp(1 - c.clip, 1 + c.clip) * a_N).mean()
+
+def reinforce_objective(log_p_N, old_N, a_N, c):
+    "`-mean A log pi`: the plain policy gradient with a baseline. It holds for the policy that played, so it wants `epochs=1`."
+    return -(log_p_N * a_N).mean()
+
+def pmpo_objective(log_p_N, old_N, a_N, c):
+    """`-(mean log pi over A >= 0) / 2 + (mean log pi over A < 0) / 2 + kl_cost KL`, as DreamerV4 has it (Hafner et al., 2025): only the sign of an advantage counts.
+    The divergence is that of `pi` from the policy that played, by the estimate `rho - 1 - log rho` over what was done, which is never negative."""
+    good, log_rho = a_N >= 0, log_p_N - old_N
+    praise, blame = (log_p_N[m].sum() / m.sum().clamp(min=1) for m in (good, ~good))
+    return (blame - praise) / 2 + c.kl_cost * (log_rho.exp() - 1 - log_rho).mean()
+
+OBJECTIVES = {'ppo': ppo_objective, 'pmpo': pmpo_objective, 'reinforce': reinforce_objective}
 
 def standardised(a_N, game_N, least=.01):
     "float [N] with mean 0 and deviation 1 within each game of int64 [N]; a deviation below `least` counts as `least`, for where nothing happens there is nothing to enlarge."
@@ -133,6 +154,7 @@ class PPO:
     "Improves an `ActorCritic` on `Rollout`s: `update(rollout, generator) -> metrics`. `state()` and `load_state()` for checkpoints."
     def __init__(self, policy, config=None):
         self.policy, self.config = policy, config or PPOConfig()
+        choices('objective', self.config.objective, OBJECTIVES)
         self.opt = torch.optim.Adam(policy.parameters(), self.config.lr, eps=1e-5)
 
     def state(self): return {'policy': self.policy.state_dict(), 'opt': self.opt.state_dict()}
@@ -142,10 +164,10 @@ class PPO:
         "The three terms on flat rows [N], as a dict of scalars, and the mean of |rho - 1|; `variance` of the returns, float [N] or one number."
         logits, value = self.policy(obs, mask)
         log_p = logits.log_softmax(-1)
-        ratio = (log_p.gather(1, action[:, None])[:, 0] - old).exp()
-        clipped = ratio.clamp(1 - self.config.clip, 1 + self.config.clip)
+        done = log_p.gather(1, action[:, None])[:, 0]
         entropy = -(log_p.exp() * log_p.masked_fill(mask == 0, 0)).sum(-1).mean()
-        return {'policy': -torch.min(ratio * advantage, clipped * advantage).mean(), 'value': ((value - target).pow(2) / variance).mean(), 'entropy': -entropy}, (ratio - 1).abs().mean()
+        policy = OBJECTIVES[self.config.objective](done, old, advantage, self.config)
+        return {'policy': policy, 'value': ((value - target).pow(2) / variance).mean(), 'entropy': -entropy}, ((done - old).exp() - 1).abs().mean()
 
     def update(self, r, generator):
         c, keep = self.config, r.valid.flatten()

@@ -264,11 +264,24 @@ def test_another_configuration_does_not_resume(tmp_path):
     assert torch.equal(train(tmp_path / 'c.safetensors', config=PPOConfig(lr=5e-3))[1], fresh)
 
 
-def test_it_learns_the_corridor():
-    history, _ = train(total=12 * 4 * 16 * 3, policy=(p := small()), config=PPOConfig(lr=5e-3))
+@pytest.mark.parametrize('options', [{}, {'objective': 'pmpo'}, {'objective': 'reinforce', 'epochs': 1}], ids=lambda o: o.get('objective', 'ppo'))
+def test_it_learns_the_corridor(options):
+    history, _ = train(total=12 * 4 * 16 * 3, policy=(p := small()), config=PPOConfig(lr=5e-3, **options))
     logits, _ = p(torch.tensor([[1., 5.], [3., 9.]]), torch.tensor([[0, 1, 1]] * 2))
     assert (logits.softmax(-1)[:, 2] > .8).all()
     assert len(history) == 12 and len(history[-1]['returns']) > len(history[0]['returns'])
+
+
+def test_an_unknown_objective_is_one_sentence():
+    with pytest.raises(BookError, match="objective.*'trpo'"): PPO(small(), PPOConfig(objective='trpo'))
+
+
+def test_the_sign_alone_counts_in_pmpo():
+    obs, mask, action, old, policy = torch.zeros(4, 2), torch.ones(4, 3), torch.tensor([0, 1, 2, 1]), torch.full((4,), -1.), small()
+    policy.actor.bias.data = torch.tensor([1., 0., -2.])
+    term = lambda objective, a: PPO(policy, PPOConfig(objective=objective)).losses(obs, mask, action, old, torch.tensor(a), torch.zeros(4))[0]['policy']
+    a, larger = [1., -1., 2., -3.], [9., -.1, .2, -30.]
+    assert term('pmpo', a) == term('pmpo', larger) and term('ppo', a) != term('ppo', larger) and term('pmpo', a) != term('pmpo', [-x for x in a])
 
 
 def test_policy_saves_and_loads(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .agent import Agent
-from .core import FitConfig, GAMES, best_device, count_parameters, make_adamw, repo_path, require
+from .core import FitConfig, GAMES, best_device, count_parameters, load_tree, make_adamw, repo_path, require
 from .dream import observation_size, observe
 from .encoder import EncoderConfig, EncoderTraining, frame_batches
 from .frames import ACTIONS, RandomPolicy, collect, make_env
@@ -21,7 +21,7 @@ from .world import WorldConfig, WorldModel
 
 # %% auto #0
 __all__ = ['FIRST_DREAM', 'BENCHES', 'median_seconds', 'in_turns', 'bench_row', 'matmul_rate', 'bench_frames', 'bench_encoder',
-           'bench_quantizer', 'bench_dream', 'bench_agent']
+           'bench_quantizer', 'bench_dream', 'dream_rate', 'bench_agent']
 
 # %% ../nbs/13_bench.ipynb #median
 def median_seconds(f, rounds=7, warm=2):
@@ -162,8 +162,22 @@ cache = agent.world.eval().start(start['codes'], start['actions'], start['game']
 step = agent.world.step(cache, torch.zeros(len(start['game']), dtype=torch.long))
 assert agent.tokenizer.decode(step.codes.to(torch.uint8), start['game']).shape[1:] == (84, 84)"""
 
+@torch.no_grad()
+def dream_rate(agent, start, game, dreams=256, steps=8):
+    "Steps a second of `dreams` dreams of `game` in which the agent's policy acts, from the contexts of a stored dream."
+    agent.start(game, dreams)
+    mine = start['game'] == agent.games.index(game)
+    require(bool(mine.any()), f'the stored dream has no room of {game}: ship the agent again')
+    some = torch.arange(dreams) % int(mine.sum())
+    cache, generator = agent.world.start(start['codes'][mine][some], start['actions'][mine][some], agent.game), torch.Generator().manual_seed(0)
+    def go():
+        for _ in range(steps):
+            logits, _ = agent.policy(observe(cache.history[:, -1], cache.history[:, -2], cache.hidden), agent.mask)
+            agent.world.step(cache, sample(logits, generator), generator=generator)
+    return dreams * steps / median_seconds(go, 3, 1)
+
 def bench_agent(steps=100, rounds=5, starts=3, root='pretrained'):
-    "The agents in `root` on one thread: seconds from a fresh Python to the first dreamt picture, and agent steps a second in a real game."
+    "The agents in `root` on one thread: seconds from a fresh Python to the first dreamt picture, agent steps a second in a real game, and dreamt steps a second beside what the emulator alone does on one core."
     folders = sorted(f.parent.parent for f in repo_path(root).glob('*/policy/config.json'))
     require(folders, f'{root} holds no agent: ship one first (atari-hrvq ship agent --run RUN)')
     rows, threads = [], torch.get_num_threads()
@@ -184,6 +198,8 @@ def bench_agent(steps=100, rounds=5, starts=3, root='pretrained'):
                 alone, played = in_turns({'alone': lambda: play(False), 'agent': lambda: play(True)}, rounds).values()
                 rows.append(bench_row(f'{folder.name}: real {game}, one game, one thread', steps / played, 'agent steps/s', played / alone))
                 env.close()
+                dreamt = dream_rate(agent, load_tree(folder / 'dream.safetensors')['start'], game)
+                rows.append(bench_row(f'{folder.name}: dreaming {game}, 256 dreams, one thread', dreamt, 'dream steps/s', None, 'the real game on one core, nobody thinking', dreamt * alone / steps))
     finally: torch.set_num_threads(threads)
     return rows
 

@@ -15,7 +15,8 @@ from .ppo import ActorCritic, sample
 
 # %% auto #0
 __all__ = ['RANDOM_SCORE', 'HUMAN_SCORE', 'human_normalised', 'iqm', 'bootstrap_interval', 'bootstrap_difference',
-           'steps_to_reach', 'evaluate', 'check_full_game', 'RandomAgent', 'PolicyAgent', 'record_video']
+           'steps_to_reach', 'evaluate', 'check_full_game', 'realised', 'value_calibration', 'RandomAgent',
+           'PolicyAgent', 'record_video']
 
 # %% ../nbs/11_evaluate.ipynb #hns
 RANDOM_SCORE = {'pong': -20.7, 'breakout': 1.7, 'ms_pacman': 307.3}
@@ -53,22 +54,24 @@ def steps_to_reach(steps, scores, target):
 
 # %% ../nbs/11_evaluate.ipynb #evaluate
 def evaluate(agent, game, episodes, seed=0, greedy=False, max_steps=27_000, protocol='atari100k', desc=None):
-    """Full games of `game`. Returns one dict an episode: `return` (unclipped), `steps` (agent steps, four frames each), `finished`.
+    """Full games of `game`. Returns one dict an episode: `return` (unclipped), `steps` (agent steps, four frames each), `finished`,
+    and of each step `values` (what the critic thought of what it saw), `signs` of the rewards and `lost` (a life, or the game).
 
-    `agent` has `start(game, n, seed)` and `act(frames uint8 [n, 4, 84, 84], restart bool [n], greedy)`. The same seed gives the same games.
+    `agent` has `start(game, n, seed)`, `act(frames uint8 [n, 4, 84, 84], restart bool [n], greedy)` and then `last_value` [n]. The same seed gives the same games.
     An episode that reaches `max_steps` is cut and says `finished: False`; the protocol's own end after 30 minutes (27,000 steps) counts as finished."""
     require(episodes > 0, f'episodes must be positive, got {episodes}')
     envs = [make_env(game, protocol) for _ in range(episodes)]
     for env in envs: check_full_game(env)
     now = [env.reset(seed=derive(seed, 'evaluate', game, i) % 2**31)[0] for i, env in enumerate(envs)]
     agent.start(game, episodes, derive(seed, 'evaluate', game))
-    out, live, restart = [{'return': 0., 'steps': 0, 'finished': False} for _ in envs], np.ones(episodes, bool), np.ones(episodes, bool)
+    out, live, restart = [{'return': 0., 'steps': 0, 'finished': False, 'values': [], 'signs': [], 'lost': []} for _ in envs], np.ones(episodes, bool), np.ones(episodes, bool)
     for _ in progress(range(max_steps), desc or f'evaluating {game}'):
         actions = agent.act(np.stack(now), restart, greedy)
         restart[:] = False
         for i in np.flatnonzero(live):
-            now[i], reward, terminated, truncated, _ = envs[i].step(int(actions[i]))
+            now[i], reward, terminated, truncated, info = envs[i].step(int(actions[i]))
             out[i]['return'] += reward; out[i]['steps'] += 1
+            for k, x in (('values', float(agent.last_value[i])), ('signs', float(np.sign(reward))), ('lost', bool(info['life_lost'] or terminated))): out[i][k].append(x)
             if terminated or truncated: out[i]['finished'], live[i] = True, False
         if not live.any(): break
     for env in envs: env.close()
@@ -81,6 +84,29 @@ def check_full_game(env):
         assert type(layer).__name__ not in ('TransformReward', 'ClipReward'), 'evaluation must not clip rewards'
         assert not getattr(layer, 'terminal_on_life_loss', False) and not getattr(layer, 'life_loss_ends', False), 'evaluation plays whole games'
         layer = layer.env
+
+# %% ../nbs/11_evaluate.ipynb #realised
+def realised(signs, lost, gamma):
+    "`G_t = r_t + gamma (1 - d_t) G_{t+1}`, float [T], of the signs of rewards [T] and whether a life was lost with the step [T]."
+    out, after = np.zeros(len(signs)), 0.
+    for t in reversed(range(len(signs))):
+        after = signs[t] + gamma * (not lost[t]) * after
+        out[t] = after
+    return out
+
+def value_calibration(episodes, gamma, bins=8, seed=0):
+    """How the critic's values compare with what came: `(rows, correlation, lo, hi, bias)` of what `evaluate` returned. `rows`: (mean value, mean return, steps)
+    of equally full bins of values; the interval is over redrawn episodes; `bias` is the mean of value minus return. Cut games are left out: nobody saw how they went on."""
+    whole = [(np.asarray(e['values']), realised(e['signs'], e['lost'], gamma)) for e in episodes if e['finished']]
+    require(whole, 'no game was played to its end, so no return is known: raise max_steps')
+    v, g = (np.concatenate(x) for x in zip(*whole, strict=True))
+    def correlation(parts):
+        a, b = (np.concatenate(x) for x in zip(*parts, strict=True))
+        return float(np.corrcoef(a, b)[0, 1]) if a.std() > 1e-9 and b.std() > 1e-9 else 0.
+    rng = rng_for(seed, 'calibration')
+    draws = [correlation([whole[i] for i in rng.integers(len(whole), size=len(whole))]) for _ in range(200)]
+    rows = [(float(v[i].mean()), float(g[i].mean()), len(i)) for i in np.array_split(np.argsort(v, kind='stable'), bins) if len(i)]
+    return rows, correlation(whole), *(float(x) for x in np.quantile(draws, [.025, .975])), float((v - g).mean())
 
 # %% ../nbs/11_evaluate.ipynb #nulls
 class RandomAgent:

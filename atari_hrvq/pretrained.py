@@ -14,13 +14,13 @@ from .core import (BookError, Stage, Table, bootstrap_mean, derive, file_hash, l
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
 from .encoder import labels_at, state_fidelity
 from .evaluate import RandomAgent, evaluate
-from .frames import load_stored
+from .frames import load_stored, regenerate
 from .hrvq import Tokenizer
 from .world import WorldModel, tokenise
 
 # %% auto #0
-__all__ = ['PARTS', 'FOLLOWED', 'dream_of', 'halved', 'pack', 'verify', 'score', 'film', 'fidelity_of_play', 'ship_agent',
-           'agent_card']
+__all__ = ['PARTS', 'FOLLOWED', 'dream_of', 'pack_replay', 'shipped_replay', 'halved', 'pack', 'verify', 'score', 'film',
+           'fidelity_of_play', 'ship_agent', 'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -41,6 +41,24 @@ def dream_of(agent, codes, actions, game, steps=15, seed=0, temperature=(.5, 0.,
         for k, x in (('codes', env.cache.codes.to(torch.uint8)), ('actions', action), ('reward', reward), ('proceed', ~terminated)): rows[k].append(x.cpu())
     return {k: torch.stack(v, 1).float() if k == 'reward' else torch.stack(v, 1) for k, v in rows.items()}
 
+# %% ../nbs/14_pretrained.ipynb #replay
+def pack_replay(parts):
+    "A tree to save of `{game: list of Episodes}`: seeds, actions as uint8, steps of each episode, and the hash of all of it."
+    return {g: [{'protocol': e.protocol, 'seeds': e.seeds, 'actions': e.actions.astype(np.uint8), 'steps': np.bincount(e.episode, minlength=len(e.seeds)), 'hash': e.hash()} for e in es] for g, es in parts.items()}
+
+def shipped_replay(folder, game):
+    "The `Episodes` of `game` that the agent in `folder` learned from, one a round, oldest first, played again from seeds and actions."
+    path = Path(folder) / 'replay.safetensors'
+    require(path.exists(), f'{folder} holds no replay.safetensors: it was shipped without what it learned from')
+    tree = load_tree(path)
+    require(game in tree, f'the replay in {folder} does not know {game!r}: expected one of {", ".join(tree)}')
+    out = []
+    for i, part in enumerate(tree[game]):
+        e = regenerate(game, part['protocol'], part['seeds'], part['actions'], np.repeat(np.arange(len(part['steps'])), np.asarray(part['steps'])))
+        require(e.hash() == part['hash'], f'part {i} of {game} in {path}, played again, has another hash: the file was altered, or ale-py is not the version that the manifest names')
+        out.append(e)
+    return out
+
 # %% ../nbs/14_pretrained.ipynb #pack
 PARTS = ('tokenizer', 'world', 'policy')
 
@@ -54,11 +72,11 @@ def halved(agent, folder):
     Agent(tokenizer, world, agent.policy.cpu(), agent.context, agent.real_steps).save_pretrained(folder, torch.float16)
     return Agent.from_pretrained(folder)
 
-def pack(agent, folder, contexts, scores, made, steps=15, seed=0):
+def pack(agent, folder, contexts, scores, made, steps=15, seed=0, replay=None):
     """Write `agent` as a folder to ship; an older folder of that name is replaced once the new one is whole. Returns what a reader will load.
 
     `contexts`: (codes, actions, game) of the stored dream, as in `dream_of`. `scores`: {game: {'mean', 'lo', 'hi', 'episodes', 'seed', ...}}.
-    `made`: what the card needs to know of the run (profile, steps, hashes of the data it learned from)."""
+    `made`: what the card needs to know of the run (profile, steps, hashes of the data it learned from). `replay`: {game: list of Episodes} to ship as seeds and actions."""
     folder = Path(folder)
     for g in scores: require(g in agent.games, f'the scores name {g!r}, which this agent does not know: expected {", ".join(agent.games)}')
     new = folder.with_name(f'.{folder.name}.new')
@@ -66,6 +84,7 @@ def pack(agent, folder, contexts, scores, made, steps=15, seed=0):
     shipped = halved(agent, new)
     codes, actions, game = (torch.as_tensor(x) for x in contexts)
     save_tree(new / 'dream.safetensors', {'start': {'codes': codes, 'actions': actions, 'game': game}, 'seed': seed, 'dream': dream_of(shipped, codes, actions, game, steps, seed)})
+    if replay: save_tree(new / 'replay.safetensors', pack_replay(replay))
     write_json(new / 'scores.json', scores)
     files = sorted(p for p in new.rglob('*') if p.is_file())
     write_json(new / 'manifest.json', {'made': made, 'files': {str(p.relative_to(new)): file_hash(p) for p in files}})
@@ -153,13 +172,13 @@ def ship_agent(run, folder, made, episodes=30):
     config = read_json(run / 'run.json', {})
     require((run / 'stages' / '10_agent.json').exists(), f'chapter 10_agent, which makes the agent, is not finished in {run}: run it to its end first')
     stage = Stage('11_evaluate', run, config['profile'], config['games'], config['seed'])
-    agent, replay, codes, last, known = stage.load('agent', Agent), {}, {}, {}, {}
+    agent, replay, codes, played, known = stage.load('agent', Agent), {}, {}, {}, {}
     for g in stage.games:
         parts = sorted((f for f in stage.index() if f.startswith(f'agent-replay-{g}-')), key=lambda f: int(f.split('-')[-1].split('.')[0]))
         first = [f for f in stage.index() if f == f'agent-first-{g}.safetensors']
-        replay[g], played = {f: stage.index()[f]['sha256'] for f in first + parts}, [load_stored(stage, f.removesuffix('.safetensors')) for f in first + parts]
-        last[g], codes[g] = played[-1], tokenise(agent.tokenizer, played[-1])
-        if len(played) > 1: known[g] = fidelity_of_play(agent.tokenizer, played, seed=stage.seed)
+        replay[g], played[g] = {f: stage.index()[f]['sha256'] for f in first + parts}, [load_stored(stage, f.removesuffix('.safetensors')) for f in first + parts]
+        codes[g] = tokenise(agent.tokenizer, played[g][-1])
+        if len(played[g]) > 1: known[g] = fidelity_of_play(agent.tokenizer, played[g], seed=stage.seed)
     contexts = Contexts(codes, agent.games, agent.context)(2 * len(stage.games), rng_for(stage.seed, 'stored dream'))
     steps = {r['name']: r for r in map(json.loads, (run / 'metrics' / '10_agent.jsonl').read_text().splitlines()) if 'name' in r}['real_steps']['value']
     made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'learned from': replay, 'known from the codes': known}
@@ -169,8 +188,8 @@ def ship_agent(run, folder, made, episodes=30):
         for g in stage.games:
             ours, chance = score(t, g, episodes, derive(stage.seed, 'scores'))
             scores[g] = {**{k: ours[k] for k in ('mean', 'lo', 'hi', 'episodes', 'cut short', 'agent steps')}, 'seed': derive(stage.seed, 'scores'), 'random': chance['mean'], 'random lo': chance['lo'], 'random hi': chance['hi']}
-    pack(agent, folder, contexts, scores, made)
-    for g, e in last.items(): film(Agent.from_pretrained(folder), e, folder / f'dream-{g}.gif')
+    pack(agent, folder, contexts, scores, made, replay=played)
+    for g, es in played.items(): film(Agent.from_pretrained(folder), es[-1], folder / f'dream-{g}.gif')
     write_json(folder / 'run.json', config)
     write_atomic(folder / 'metrics.jsonl', ''.join((run / 'metrics' / f'{c}.jsonl').read_text() for c in ('10_agent', '11_evaluate') if (run / 'metrics' / f'{c}.jsonl').exists()))
     write_atomic(folder / 'README.md', agent_card(folder))
@@ -201,5 +220,5 @@ Whole games, unclipped, up to 30 no-ops at the start, no sticky actions, actions
 {Table([{'what': k, 'value': str(v)} for k, v in told.items()])._repr_markdown_()}
 
 It has seen these games only, {made['agent steps']:,} agent steps of all together, and was not asked to play with sticky actions. `metrics.jsonl` holds every figure and curve of its training
-and evaluation; the replay it learned from is seeds and actions, whose hashes are in `manifest.json`.
+and evaluation; the replay it learned from{"" if (folder / "replay.safetensors").exists() else ", whose hashes are in `manifest.json`,"} is seeds and actions{": `replay.safetensors`, played again by `atari_hrvq.pretrained.shipped_replay`" if (folder / "replay.safetensors").exists() else ""}.
 """

@@ -2,8 +2,9 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 from atari_hrvq.core import BookError
-from atari_hrvq.evaluate import RandomAgent, bootstrap_difference, bootstrap_interval, check_full_game, evaluate, human_normalised, iqm, steps_to_reach
+from atari_hrvq.evaluate import RandomAgent, bootstrap_difference, bootstrap_interval, check_full_game, evaluate, human_normalised, iqm, realised, steps_to_reach, value_calibration
 from atari_hrvq.frames import make_env
 
 
@@ -57,3 +58,32 @@ def test_reference_scores():
 @pytest.mark.parametrize('call, message', [(lambda: human_normalised('tetris', 0), 'unknown game'), (lambda: evaluate(RandomAgent(), 'pong', 0), 'episodes must be positive'), (lambda: bootstrap_interval({}), 'at least one score'), (lambda: bootstrap_difference([], [1.]), 'at least one score')])
 def test_bad_input(call, message):
     with pytest.raises(BookError, match=message): call()
+
+
+@settings(max_examples=30, deadline=None)
+@given(T=st.integers(1, 40), seed=st.integers(0, 999), gamma=st.floats(0, 1))
+def test_what_came_is_the_naive_sum(T, seed, gamma):
+    rng = np.random.default_rng(seed)
+    signs, lost = rng.choice([-1., 0., 1.], T), rng.random(T) < .2
+    for t, g in enumerate(realised(signs, lost, gamma)):
+        end = next((k for k in range(t, T) if lost[k]), T - 1)
+        assert abs(g - sum(gamma ** (k - t) * signs[k] for k in range(t, end + 1))) < 1e-9
+
+
+def test_a_critic_that_knows_is_told_from_one_that_guesses():
+    rng = np.random.default_rng(0)
+    def game(know):
+        signs, lost = rng.choice([0., 1.], 200, p=[.9, .1]), rng.random(200) < .02
+        true = realised(signs, lost, .9)
+        return {'finished': True, 'signs': signs.tolist(), 'lost': lost.tolist(), 'values': (true + .5 if know else rng.permutation(true)).tolist()}
+    rows, r, lo, hi, bias = value_calibration([game(True) for _ in range(6)], .9)
+    assert r > .999 and lo <= r <= hi + 1e-9 and abs(bias - .5) < 1e-9 and sum(n for _, _, n in rows) == 1200 and all(abs(v - g - .5) < 1e-9 for v, g, _ in rows)
+    _, r, lo, hi, _ = value_calibration([game(False) for _ in range(6)], .9)
+    assert lo < .05 and abs(r) < .2
+    with pytest.raises(BookError, match='max_steps'): value_calibration([{**game(True), 'finished': False}], .9)
+
+
+def test_an_evaluation_keeps_what_the_critic_said_and_which_steps_lost_a_life():
+    game, = evaluate(RandomAgent(), 'breakout', 1, seed=0)
+    assert len(game['values']) == len(game['signs']) == len(game['lost']) == game['steps'] and sum(game['lost']) == 5 and game['lost'][-1]
+    assert sum(game['signs']) <= game['return'] and set(game['signs']) <= {0., 1.}

@@ -3,10 +3,10 @@ import shutil
 import pytest
 import torch
 from atari_hrvq.agent import Agent
-from atari_hrvq.core import BookError
+from atari_hrvq.core import BookError, load_tree, save_tree
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.frames import RandomPolicy, ReadingPolicy, collect
-from atari_hrvq.pretrained import dream_of, fidelity_of_play, film, pack, score, verify
+from atari_hrvq.pretrained import dream_of, fidelity_of_play, film, pack, score, shipped_replay, verify
 from atari_hrvq.world import WorldModel
 
 SMALL = dict(dim=32, heads=2, experts=(1, 2), windows=(4, 8), hidden=32, shared_hidden=8, cell_hidden=16)
@@ -108,7 +108,7 @@ def test_a_film_shows_the_real_frames_beside_the_dream(tmp_path):
 def test_the_benchmark_plays_what_is_there(folder, tmp_path):
     from atari_hrvq.bench import bench_agent
     rows = bench_agent(2, 1, 1, root=tmp_path)
-    assert [r['unit'] for r in rows] == ['s', 'agent steps/s'] and 0 < rows[0]['value'] < 60 and rows[1]['value'] > 0
+    assert [r['unit'] for r in rows] == ['s', 'agent steps/s', 'dream steps/s'] and 0 < rows[0]['value'] < 60 and all(r['value'] > 0 for r in rows) and rows[2]['peer_ratio'] > 0
     with pytest.raises(BookError, match='holds no agent'): bench_agent(root=tmp_path / 'toy')
 
 
@@ -119,3 +119,18 @@ def test_what_the_codes_know_of_the_last_part_stands_beside_untrained_codes():
     assert {k.split('_')[0] for k in found} == {'ball', 'player'} and all(a <= 1 and b <= 1 for a, b in found.values())
     assert found == fidelity_of_play(tokenizer, parts, 'ridge') and any(a != b for a, b in found.values())
     with pytest.raises(BookError, match='another round'): fidelity_of_play(tokenizer, parts[:1])
+
+
+def test_the_replay_travels_as_seeds_and_actions(tmp_path):
+    "Several episodes, one of them short; what comes out is what was played, and an altered action, an unknown game or no replay is one sentence."
+    parts = [collect('breakout', RandomPolicy('breakout'), n, s) for n, s in ((400, 0), (60, 1))]
+    pack(make(), tmp_path / 'toy', CONTEXTS, {}, {}, steps=5, replay={'breakout': parts})
+    again = shipped_replay(tmp_path / 'toy', 'breakout')
+    assert [e.hash() for e in again] == [e.hash() for e in parts] and (again[0].frames == parts[0].frames).all() and len(parts[0].seeds) > 1
+    assert all(r['ok'] for r in verify(tmp_path / 'toy'))
+    with pytest.raises(BookError, match="does not know 'pong'.*expected one of breakout"): shipped_replay(tmp_path / 'toy', 'pong')
+    path = tmp_path / 'toy' / 'replay.safetensors'
+    tree = load_tree(path); tree['breakout'][1]['actions'][30:] = 3; save_tree(path, tree)
+    with pytest.raises(BookError, match='part 1 of breakout.*another hash'): shipped_replay(tmp_path / 'toy', 'breakout')
+    path.unlink()
+    with pytest.raises(BookError, match='without what it learned from'): shipped_replay(tmp_path / 'toy', 'breakout')

@@ -255,8 +255,8 @@ def study(stage, agent, replay, c, r):
 
 # %% ../nbs/10_agent.ipynb #going-on
 def going_on(c):
-    "The loop for an agent that has learned before: no beginning, a quarter of the rounds, twice the dreams in each."
-    return replace(c, rounds=max(1, c.rounds // 4), iterations=2 * c.iterations, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
+    "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it."
+    return replace(c, rounds=1, iterations=2 * c.iterations, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
 
 def first_play(stage, agent, c):
     "What `agent` plays before its first round, as a replay {game: [Episodes]}; stored as seeds and actions, and not played again if it is there."

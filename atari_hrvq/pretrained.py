@@ -4,10 +4,12 @@
 
 # %% ../nbs/14_pretrained.ipynb #imports
 from __future__ import annotations
-import json, shutil, tempfile
+import base64, io, json, shutil, tempfile
 from pathlib import Path
 import numpy as np
 import torch
+from IPython.display import HTML
+from PIL import Image
 from .agent import Agent
 from .core import (BookError, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, read_json, require, rng_for, save_tree, seed_all,
                              write_atomic, write_json)
@@ -20,7 +22,7 @@ from .world import WorldModel, tokenise
 
 # %% auto #0
 __all__ = ['PARTS', 'FOLLOWED', 'dream_of', 'pack_replay', 'shipped_replay', 'halved', 'pack', 'verify', 'score', 'film',
-           'fidelity_of_play', 'ship_agent', 'agent_card']
+           'film_strip', 'fidelity_of_play', 'ship_agent', 'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -145,6 +147,22 @@ def film(agent, episodes, path, steps=75, stretches=3, seed=0):
     decoded = agent.tokenizer.decode(dreamt.flatten(0, 1).to(agent.device), agent.tokenizer.game_index(episodes.game)).round().byte().cpu().numpy()
     dream_gif(path, episodes.frames[(starts[:, None] + c + np.arange(steps)).ravel()], decoded)
     return starts
+
+# %% ../nbs/14_pretrained.ipynb #film-strip
+def film_strip(folder, frames=40):
+    "`IPython.display.HTML`: the films of the agent in `folder` side by side at half their size, as one looping picture of the first `frames` steps."
+    films = sorted(Path(folder).glob('dream-*.gif'))
+    require(films, f'{folder} holds no film: ship the agent with atari-hrvq ship agent')
+    games, pictures = [f.stem.removeprefix('dream-') for f in films], []
+    opened = [Image.open(f) for f in films]
+    for k in range(min(frames, *(i.n_frames for i in opened))):
+        for i in opened: i.seek(k)
+        halves = [np.asarray(i.convert('L').resize((i.width // 2, i.height // 2), Image.NEAREST)) for i in opened]
+        pictures.append(Image.fromarray(np.concatenate([np.pad(h, ((0, 0), (0, 6)), constant_values=255) for h in halves], 1) // 16 * 16))
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, 'GIF', save_all=True, append_images=pictures[1:], duration=1000 // 15, loop=0)
+    words = ', '.join(f'{g}: left the real game, right its dream' for g in games)
+    return HTML(f'<img alt="{words}" style="width:100%;image-rendering:pixelated" src="data:image/gif;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
 
 # %% ../nbs/14_pretrained.ipynb #fidelity
 FOLLOWED = ('ball', 'paddle', 'player', 'sue', 'inky', 'pinky', 'blinky')

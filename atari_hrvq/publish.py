@@ -292,6 +292,8 @@ def prepare(notebook, root):
             options, rest = cell_options(source)
             options = {**fold({**c, 'source': rest}), **options}
             if any(k.startswith('image/') for o in outputs for k in o.get('data', {})): options['fig-alt'] = alt_text(options, heading, prose)
+            before = cells[-1] if cells else c
+            if options.get('code-summary') == 'Imports' and not before.get('outputs') and '#| code-summary: "Imports"' in ''.join(before['source']): cells.pop(); rest = cell_options(''.join(before['source']))[1].rstrip('\n') + '\n' + rest      # one line to open, not two
             c = {**c, 'outputs': outputs, 'source': ''.join(f'#| {k}: {json.dumps(v)}\n' for k, v in options.items()) + rest}
         cells.append({**c, 'metadata': {'tags': tags} if tags else {}})
     return {**book, 'cells': cells, 'metadata': {'kernelspec': book['metadata']['kernelspec']}}

@@ -1,4 +1,6 @@
 """pretrained: half precision, hashes, the stored dream, and folders that are not what they say."""
+import base64
+import io
 import shutil
 import pytest
 import torch
@@ -6,7 +8,7 @@ from atari_hrvq.agent import Agent
 from atari_hrvq.core import BookError, load_tree, save_tree
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.frames import RandomPolicy, ReadingPolicy, collect
-from atari_hrvq.pretrained import dream_of, fidelity_of_play, film, pack, score, shipped_replay, verify
+from atari_hrvq.pretrained import dream_of, fidelity_of_play, film, film_strip, pack, score, shipped_replay, verify
 from atari_hrvq.world import WorldModel
 
 SMALL = dict(dim=32, heads=2, experts=(1, 2), windows=(4, 8), hidden=32, shared_hidden=8, cell_hidden=16)
@@ -102,6 +104,11 @@ def test_a_film_shows_the_real_frames_beside_the_dream(tmp_path):
     frames = [np.asarray(f.convert('L')) for f in ImageSequence.Iterator(Image.open(tmp_path / 'film.gif'))]
     assert len(frames) <= 12 and frames[0].shape == (168, 340)                                       # equal pictures are one
     assert (frames[0][::2, :168:2] == played.frames[starts[0] + agent.context] // 8 * 8).mean() > .99
+    film(agent, played, tmp_path / 'dream-pong.gif', steps=6, stretches=2); film(agent, played, tmp_path / 'dream-other.gif', steps=6, stretches=2)
+    html = film_strip(tmp_path, frames=5).data
+    small = Image.open(io.BytesIO(base64.b64decode(html.split('base64,')[1].split('"')[0])))
+    assert 'alt="other: left' in html and small.n_frames == 5 and small.size == (2 * (frames[0].shape[1] // 2 + 6), frames[0].shape[0] // 2)
+    with pytest.raises(BookError, match='holds no film'): film_strip(tmp_path / 'nowhere')
     with pytest.raises(BookError, match='film fewer steps'): film(agent, played, tmp_path / 'film.gif', steps=80)
 
 

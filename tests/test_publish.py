@@ -46,6 +46,12 @@ def frames(outputs=True, extra=''):
         md('### Deeper\n\n$$\\sum_i x_i$$ {#eq-sum}\n\nSum is @eq-sum.\n\n::: {.callout-tip collapse="true" title="Solution"}\nForty-two.\n:::', 'deeper'))
 
 
+def test_imports_one_after_the_other_are_one_line_to_open(tmp_path):
+    made = P.prepare(notebook(code(f'{MARK} export\nimport json', 'a'), code('import os', 'b'), md('Text', 'c'), code('import sys', 'd'), code('x = 1', 'e')), tmp_path)
+    assert [(c['cell_type'], ''.join(c['source']).splitlines()[-2:]) for c in made['cells'] if c['id'] in 'bde'] == [('code', ['import json', 'import os']), ('code', ['#' + '| code-summary: "Imports"', 'import sys']), ('code', ['x = 1'])]
+    assert [c['id'] for c in made['cells']] == ['b', 'c', 'd', 'e']
+
+
 @pytest.fixture
 def book(tmp_path):
     "`(root, run)` of a checkout with four pages and one finished stage."

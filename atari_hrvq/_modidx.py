@@ -491,6 +491,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                        'atari_hrvq.pretrained.film': ('pretrained.html#film', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.film_strip': ('pretrained.html#film_strip', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.halved': ('pretrained.html#halved', 'atari_hrvq/pretrained.py'),
+                                       'atari_hrvq.pretrained.joined': ('pretrained.html#joined', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.pack': ('pretrained.html#pack', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.pack_replay': ('pretrained.html#pack_replay', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.score': ('pretrained.html#score', 'atari_hrvq/pretrained.py'),

@@ -22,7 +22,7 @@ from .world import WorldModel, tokenise
 
 # %% auto #0
 __all__ = ['PARTS', 'FOLLOWED', 'dream_of', 'pack_replay', 'shipped_replay', 'halved', 'pack', 'verify', 'score', 'film',
-           'film_strip', 'fidelity_of_play', 'ship_agent', 'agent_card']
+           'film_strip', 'fidelity_of_play', 'joined', 'ship_agent', 'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -181,6 +181,18 @@ def fidelity_of_play(tokenizer, parts, kind='mlp', seed=0, steps=1_200):
     trained, never = (state_fidelity(*(t.embed(t.encode(f)).flatten(1).numpy() for f in frames), *labels, kind, seed, steps) for t in (tokenizer, null))
     return {k: (v, never[k]) for k, v in trained.items() if k.split('_')[0] in FOLLOWED}
 
+# %% ../nbs/14_pretrained.ipynb #joined
+def joined(old, new):
+    "Rows (dicts) of the curves `rounds` and `dream` in `new`, after those of `old` from which that agent went on; other rows of `new` stay, other rows of `old` go."
+    of = lambda rows, curve: [r for r in rows if r.get('curve') == curve]
+    first = min((r['real_steps'] for r in of(new, 'rounds')), default=0)
+    rounds = [r for r in of(old, 'rounds') if r['real_steps'] < first]
+    kept = {r['round'] for r in rounds}
+    dream = [r for r in of(old, 'dream') if r['round'] in kept]
+    offset = {'round': max(kept, default=-1) + 1, 'step': max((r['step'] for r in dream), default=-1) + 1}
+    on = lambda r: {k: v + offset[k] if k in offset else v for k, v in r.items()}
+    return rounds + [on(r) for r in of(new, 'rounds')] + dream + [on(r) for r in of(new, 'dream')] + [r for r in new if r.get('curve') not in ('rounds', 'dream')]
+
 # %% ../nbs/14_pretrained.ipynb #ship
 def ship_agent(run, folder, made, episodes=30):
     """Pack the agent of a finished `run` into `folder`, with scores over `episodes` whole games, a stored dream from its replay, and a card.
@@ -206,10 +218,12 @@ def ship_agent(run, folder, made, episodes=30):
         for g in stage.games:
             ours, chance = score(t, g, episodes, derive(stage.seed, 'scores'))
             scores[g] = {**{k: ours[k] for k in ('mean', 'lo', 'hi', 'episodes', 'cut short', 'agent steps')}, 'seed': derive(stage.seed, 'scores'), 'random': chance['mean'], 'random lo': chance['lo'], 'random hi': chance['hi']}
+    before = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()] if config.get('start') == 'pretrained' and (folder / 'metrics.jsonl').exists() else []
     pack(agent, folder, contexts, scores, made, replay=played)
     for g, es in played.items(): film(Agent.from_pretrained(folder), es[-1], folder / f'dream-{g}.gif')
     write_json(folder / 'run.json', config)
-    write_atomic(folder / 'metrics.jsonl', ''.join((run / 'metrics' / f'{c}.jsonl').read_text() for c in ('10_agent', '11_evaluate') if (run / 'metrics' / f'{c}.jsonl').exists()))
+    rows = [json.loads(line) for c in ('10_agent', '11_evaluate') if (path := run / 'metrics' / f'{c}.jsonl').exists() for line in path.read_text().splitlines()]
+    write_atomic(folder / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in (joined(before, rows) if before else rows)))
     write_atomic(folder / 'README.md', agent_card(folder))
     return folder
 

@@ -234,6 +234,7 @@ def agent_card(folder):
     told = {k: v for k, v in made.items() if k not in ('learned from', 'games', 'known from the codes')}
     known = [{'game': g, 'variable': k, 'R^2 from the codes': v, 'untrained tokenizer': null} for g, found in made.get('known from the codes', {}).items() for k, (v, null) in found.items()]
     seen = f'On frames of its last round of play, its codes tell where things are; a probe learned from the rounds before:\n\n{Table(known, digits=2)._repr_markdown_()}\n' if known else ''
+    went_on, replay = made.get('start') == 'pretrained', (folder / 'replay.safetensors').exists()
     return f"""# {folder.name}
 
     from atari_hrvq.agent import Agent
@@ -252,5 +253,5 @@ Whole games, unclipped, up to 30 no-ops at the start, no sticky actions, actions
 {Table([{'what': k, 'value': str(v)} for k, v in told.items()])._repr_markdown_()}
 
 It has seen these games only, {made['agent steps']:,} agent steps of all together, and was not asked to play with sticky actions. `metrics.jsonl` holds every figure and curve of its training
-and evaluation; the replay it learned from{"" if (folder / "replay.safetensors").exists() else ", whose hashes are in `manifest.json`,"} is seeds and actions{": `replay.safetensors`, played again by `atari_hrvq.pretrained.shipped_replay`" if (folder / "replay.safetensors").exists() else ""}.
+and evaluation; the replay it learned from{" since it went on from earlier weights" * went_on} is seeds and actions{": `atari_hrvq.pretrained.shipped_replay` plays it again from `replay.safetensors`" if replay else ", whose hashes are in `manifest.json`"}.
 """

@@ -48,6 +48,7 @@ def pack_replay(parts):
     "A tree to save of `{game: list of Episodes}`: seeds, actions as uint8, steps of each episode, and the hash of all of it."
     return {g: [{'protocol': e.protocol, 'seeds': e.seeds, 'actions': e.actions.astype(np.uint8), 'steps': np.bincount(e.episode, minlength=len(e.seeds)), 'hash': e.hash()} for e in es] for g, es in parts.items()}
 
+# %% ../nbs/14_pretrained.ipynb #replay-again
 def shipped_replay(folder, game):
     "The `Episodes` of `game` that the agent in `folder` learned from, one a round, oldest first, played again from seeds and actions."
     path = Path(folder) / 'replay.safetensors'

@@ -21,7 +21,7 @@ from .world import WorldConfig, WorldModel
 
 # %% auto #0
 __all__ = ['FIRST_DREAM', 'BENCHES', 'median_seconds', 'in_turns', 'bench_row', 'matmul_rate', 'bench_frames', 'bench_encoder',
-           'bench_quantizer', 'bench_dream', 'dream_rate', 'bench_agent']
+           'bench_quantizer', 'acting', 'bench_dream', 'dream_rate', 'bench_agent']
 
 # %% ../nbs/13_bench.ipynb #median
 def median_seconds(f, rounds=7, warm=2):
@@ -111,6 +111,13 @@ def bench_quantizer(N=65_536):
     return rows
 
 # %% ../nbs/13_bench.ipynb #dream
+def acting(world, policy, cache, mask):
+    "A function that lets `policy` act for one step in the dreams of `cache`; `mask` [B, A]: the legal actions."
+    generator = torch.Generator().manual_seed(0)
+    @torch.no_grad()
+    def act(): world.step(cache, sample(policy(observe(cache.history[:, -1], cache.history[:, -2], cache.hidden), mask)[0], generator))
+    return act
+
 def bench_dream():
     """One imagined step of the default world model at batch 1, 64 and 1024, alone, with the policy, and drawn as a picture; at batch 16 what the tokenizer's grid costs here;
     and a training step. The floor is reading the weights that a step touches once, or multiplying by them, whichever is longer."""
@@ -136,12 +143,8 @@ def bench_dream():
             t = median_seconds(lambda: world.step(cache, none), *rounds)
             torch.set_num_threads(threads)
             rows.append(bench_row(f'dream step batch {B}{", compiled" * world.compiled}, one thread', 1000 * t, 'ms', t / least))
-        policy, tokenizer, generator = ActorCritic(ActorCriticConfig(obs_shape=(observation_size(world),))).to(device).eval(), Tokenizer(TokenizerConfig()).to(device).eval(), torch.Generator().manual_seed(0)
-        mask = torch.ones(B, ACTIONS, dtype=torch.bool, device=device)
-        @torch.no_grad()
-        def act():
-            logits, _ = policy(observe(cache.history[:, -1], cache.history[:, -2], cache.hidden), mask)
-            world.step(cache, sample(logits, generator))
+        policy, tokenizer = ActorCritic(ActorCriticConfig(obs_shape=(observation_size(world),))).to(device).eval(), Tokenizer(TokenizerConfig()).to(device).eval()
+        act = acting(world, policy, cache, torch.ones(B, ACTIONS, dtype=torch.bool, device=device))
         def draw(): tokenizer.decode(world.step(cache, none).codes.to(torch.uint8), none)
         for what, f in (('policy', act), ('picture', draw)): t = median_seconds(f, *rounds); rows.append(bench_row(f'dream step batch {B} with {what}', 1000 * t, 'ms', t / least))
     world, B, T = WorldModel(WorldConfig()).to(device), 24, 20
@@ -162,19 +165,14 @@ cache = agent.world.eval().start(start['codes'], start['actions'], start['game']
 step = agent.world.step(cache, torch.zeros(len(start['game']), dtype=torch.long))
 assert agent.tokenizer.decode(step.codes.to(torch.uint8), start['game']).shape[1:] == (84, 84)"""
 
-@torch.no_grad()
 def dream_rate(agent, start, game, dreams=256, steps=8):
     "Steps a second of `dreams` dreams of `game` in which the agent's policy acts, from the contexts of a stored dream."
     agent.start(game, dreams)
     mine = start['game'] == agent.games.index(game)
     require(bool(mine.any()), f'the stored dream has no room of {game}: ship the agent again')
     some = torch.arange(dreams) % int(mine.sum())
-    cache, generator = agent.world.start(start['codes'][mine][some], start['actions'][mine][some], agent.game), torch.Generator().manual_seed(0)
-    def go():
-        for _ in range(steps):
-            logits, _ = agent.policy(observe(cache.history[:, -1], cache.history[:, -2], cache.hidden), agent.mask)
-            agent.world.step(cache, sample(logits, generator), generator=generator)
-    return dreams * steps / median_seconds(go, 3, 1)
+    act = acting(agent.world, agent.policy, agent.world.start(start['codes'][mine][some], start['actions'][mine][some], agent.game), agent.mask)
+    return dreams * steps / median_seconds(lambda: [act() for _ in range(steps)], 3, 1)
 
 def bench_agent(steps=100, rounds=5, starts=3, root='pretrained'):
     "The agents in `root` on one thread: seconds from a fresh Python to the first dreamt picture, agent steps a second in a real game, and dreamt steps a second beside what the emulator alone does on one core."

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.stats import trim_mean
 from .core import GAMES, Stage, bootstrap_mean, choices, derive, progress, require, rng_for, write_atomic
 from .frames import LEGAL, action_mask, make_env
-from .ppo import ActorCritic, sample
+from .ppo import ActorCritic, gae, sample
 
 # %% auto #0
 __all__ = ['RANDOM_SCORE', 'HUMAN_SCORE', 'human_normalised', 'iqm', 'bootstrap_interval', 'bootstrap_difference',
@@ -88,11 +88,8 @@ def check_full_game(env):
 # %% ../nbs/11_evaluate.ipynb #realised
 def realised(signs, lost, gamma):
     "`G_t = r_t + gamma (1 - d_t) G_{t+1}`, float [T], of the signs of rewards [T] and whether a life was lost with the step [T]."
-    out, after = np.zeros(len(signs)), 0.
-    for t in reversed(range(len(signs))):
-        after = signs[t] + gamma * (not lost[t]) * after
-        out[t] = after
-    return out
+    r, none, over = torch.tensor(signs, dtype=torch.float64)[:, None], torch.zeros(len(signs), 1, dtype=torch.float64), torch.tensor(lost, dtype=torch.bool)[:, None]
+    return gae(r, none, none, over, over, gamma, 1.)[:, 0].numpy()                # the advantage over a critic that expects nothing, with lambda = 1
 
 def value_calibration(episodes, gamma, bins=8, seed=0):
     """How the critic's values compare with what came: `(rows, correlation, lo, hi, bias)` of what `evaluate` returned. `rows`: (mean value, mean return, steps)

@@ -11,7 +11,7 @@ import torch
 from IPython.display import HTML
 from PIL import Image
 from .agent import Agent
-from .core import (BookError, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, read_json, require, rng_for, save_tree, seed_all,
+from .core import (BookError, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, read_json, read_metrics, require, rng_for, save_tree, seed_all,
                              write_atomic, write_json)
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
 from .encoder import labels_at, state_fidelity
@@ -219,7 +219,7 @@ def ship_agent(run, folder, made, episodes=30):
         for g in stage.games:
             ours, chance = score(t, g, episodes, derive(stage.seed, 'scores'))
             scores[g] = {**{k: ours[k] for k in ('mean', 'lo', 'hi', 'episodes', 'cut short', 'agent steps')}, 'seed': derive(stage.seed, 'scores'), 'random': chance['mean'], 'random lo': chance['lo'], 'random hi': chance['hi']}
-    before = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()] if config.get('start') == 'pretrained' and (folder / 'metrics.jsonl').exists() else []
+    before = read_metrics(folder) if config.get('start') == 'pretrained' and (folder / 'metrics.jsonl').exists() else []
     pack(agent, folder, contexts, scores, made, replay=played)
     for g, es in played.items(): film(Agent.from_pretrained(folder), es[-1], folder / f'dream-{g}.gif')
     write_json(folder / 'run.json', config)

@@ -281,19 +281,21 @@ def forget_paths(notebook, root):
 def prepare(notebook, root):
     "A notebook (a dict) ready for either renderer: directives out, plumbing folded, outputs clean, every figure with words for it."
     book = processed(forget_paths(notebook, root))
-    heading, prose, cells = '', '', []
+    heading, prose, imports, cells = '', '', '', []
     for c in book['cells']:
         tags, source = c['metadata'].get('tags', []), ''.join(c['source'])
         if 'injected-parameters' in tags or not source.strip(): continue
         if c['cell_type'] == 'markdown':
             heading, prose = ([m.strip('# ') for m in re.findall(r'^#+ .*$', source, re.M)] or [heading])[-1], source
+            imports = ''
         if c['cell_type'] == 'code':
             outputs = [o for o in map(shown, c['outputs']) if o]
             options, rest = cell_options(source)
             options = {**fold({**c, 'source': rest}), **options}
             if any(k.startswith('image/') for o in outputs for k in o.get('data', {})): options['fig-alt'] = alt_text(options, heading, prose)
-            before = cells[-1] if cells else c
-            if options.get('code-summary') == 'Imports' and not before.get('outputs') and '#| code-summary: "Imports"' in ''.join(before['source']): cells.pop(); rest = cell_options(''.join(before['source']))[1].rstrip('\n') + '\n' + rest      # one line to open, not two
+            folded = options.get('code-summary') == 'Imports'
+            if folded and imports: cells.pop(); rest = imports + rest                       # one line to open, not two
+            imports = rest.rstrip('\n') + '\n' if folded and not outputs else ''
             c = {**c, 'outputs': outputs, 'source': ''.join(f'#| {k}: {json.dumps(v)}\n' for k, v in options.items()) + rest}
         cells.append({**c, 'metadata': {'tags': tags} if tags else {}})
     return {**book, 'cells': cells, 'metadata': {'kernelspec': book['metadata']['kernelspec']}}

@@ -511,6 +511,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                     'atari_hrvq.publish.bibliography': ('publish.html#bibliography', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.book_config': ('publish.html#book_config', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.boxes': ('publish.html#boxes', 'atari_hrvq/publish.py'),
+                                    'atari_hrvq.publish.captioned': ('publish.html#captioned', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.cell_options': ('publish.html#cell_options', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.chapter_card': ('publish.html#chapter_card', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.check_page': ('publish.html#check_page', 'atari_hrvq/publish.py'),

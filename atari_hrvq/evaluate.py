@@ -28,14 +28,16 @@ def human_normalised(game, score):
     return (score - RANDOM_SCORE[game]) / (HUMAN_SCORE[game] - RANDOM_SCORE[game])
 
 # %% ../nbs/11_evaluate.ipynb #bootstrap
-def iqm(x): return float(trim_mean(np.asarray(x, float).ravel(), .25))
+def iqm(x, axis=None): return trim_mean(np.asarray(x, float), .25, axis=axis)
 
 def bootstrap_interval(scores, statistic=np.mean, draws=2000, level=.95, seed=0):
-    "`(value, lo, hi)` of `statistic` over all scores; `scores`: {game: normalised scores of its episodes}. Episodes are resampled within each game."
+    """`(value, lo, hi)` of `statistic` over all scores; `scores`: {game: normalised scores of its episodes}. Episodes are resampled within each game.
+
+    `statistic(x, axis=...)` as in numpy. Agarwal et al., "Deep reinforcement learning at the edge of the statistical precipice" (2021), section 4."""
     groups = [np.asarray(s, float) for s in scores.values()]
     require(groups and all(len(g) for g in groups), 'an interval needs at least one score in each game')
     rng = rng_for(seed, 'stratified')
-    values = [statistic(np.concatenate([g[rng.integers(len(g), size=len(g))] for g in groups])) for _ in range(draws)]
+    values = statistic(np.concatenate([g[rng.integers(len(g), size=(draws, len(g)))] for g in groups], 1), axis=1)
     return (float(statistic(np.concatenate(groups))), *(float(x) for x in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])))
 
 # %% ../nbs/11_evaluate.ipynb #difference

@@ -18,11 +18,11 @@ from .core import BookError, read_json, require, write_atomic
 __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'store_outputs', 'ship',
            'ship_figures', 'rounding_kept', 'model_card', 'chapter_card', 'class_named', 'module_of', 'results_table',
            'write_between', 'Page', 'book_config', 'listed_pages', 'page_sources', 'processed', 'cell_options', 'fold',
-           'plain_text', 'alt_text', 'shown', 'forget_paths', 'prepare', 'exported', 'signature', 'docstring', 'entry',
-           'api_page', 'outside_code', 'in_prose', 'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of',
-           'bibliography', 'cite', 'label_numbers', 'boxes', 'translate', 'slug', 'markdown_renderer', 'page_body',
-           'page_html', 'check_page', 'check_pages', 'sections', 'render_html', 'render_quarto', 'executed',
-           'differing', 'prepared_books', 'write_project', 'publish']
+           'plain_text', 'alt_text', 'captioned', 'shown', 'forget_paths', 'prepare', 'exported', 'signature',
+           'docstring', 'entry', 'api_page', 'outside_code', 'in_prose', 'link_names', 'link_cells', 'plain_tex',
+           'read_bib', 'authors_of', 'bibliography', 'cite', 'label_numbers', 'boxes', 'translate', 'slug',
+           'markdown_renderer', 'page_body', 'page_html', 'check_page', 'check_pages', 'sections', 'render_html',
+           'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project', 'publish']
 
 # %% ../nbs/92_publish.ipynb #outputs
 def store_outputs(run, limit=200_000, out=sys.stderr):
@@ -245,7 +245,7 @@ def fold(cell):
 # %% ../nbs/92_publish.ipynb #plain-text
 def plain_text(markdown):
     "Markdown as one line of plain words: no headings, marks, tables or formulas."
-    text = re.sub(r'```.*?```|\$\$.*?\$\$|^\|.*?$|^#.*?$|^>', ' ', markdown, flags=re.S | re.M)
+    text = re.sub(r'```.*?```|\$\$.*?\$\$|^\|.*?$|^#.*?$|^>|\{#[\w-]+\}', ' ', markdown, flags=re.S | re.M)
     text = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', text)
     return ' '.join(re.sub(r'[*`$\\"{}]', '', text).split())
 
@@ -256,6 +256,14 @@ def alt_text(options, heading, prose):
     if own: return plain_text(' '.join(own) if isinstance(own, list) else own)
     sentence = re.split(r'(?<=[.?]) ', plain_text(prose))[-1]
     return f'Figure in the section on {plain_text(heading).rstrip("?") or "results"}' + (f'. {textwrap.shorten(sentence, 160, placeholder=" ...")}' if sentence else '')
+
+# %% ../nbs/92_publish.ipynb #captioned
+def captioned(options, outputs):
+    "The options of a cell; label and caption go if it showed no figure (`fig-`) or no table (`tbl-`), as where a small run did not ask."
+    kind = str(options.get('label', '')).split('-')[0]
+    types = {'fig': 'image/', 'tbl': 'text/markdown'}.get(kind)
+    if types is None or any(t.startswith(types) for o in outputs for t in o.get('data', {})): return options
+    return {k: v for k, v in options.items() if k not in ('label', f'{kind}-cap')}
 
 # %% ../nbs/92_publish.ipynb #shown
 def shown(output):
@@ -291,7 +299,7 @@ def prepare(notebook, root):
         if c['cell_type'] == 'code':
             outputs = [o for o in map(shown, c['outputs']) if o]
             options, rest = cell_options(source)
-            options = {**fold({**c, 'source': rest}), **options}
+            options = captioned({**fold({**c, 'source': rest}), **options}, outputs)
             if any(k.startswith('image/') for o in outputs for k in o.get('data', {})): options['fig-alt'] = alt_text(options, heading, prose)
             folded = options.get('code-summary') == 'Imports'
             if folded and imports: cells.pop(); rest = imports + rest                       # one line to open, not two
@@ -458,16 +466,17 @@ def cite(text, entries):
 KINDS = {'fig': 'Figure', 'tbl': 'Table', 'eq': 'Equation', 'sec': 'Section'}
 
 def label_numbers(books):
-    "`{label: (page stem, 'Figure 3')}` of everything that carries a label such as `fig-drift`, numbered over the book."
-    found, count = {}, {}
+    "`{label: (page stem, 'Figure 7.2')}` of everything that carries a label such as `fig-drift`, numbered by chapter."
+    found = {}
     for stem, b in books.items():
+        chapter, count = re.match(r'0?(\d+|A\d)_|', stem)[1], {}
         for c in b['cells']:
             source = ''.join(c['source'])
             for label in re.findall(r'^#\| label: *"?([\w-]+)' if c['cell_type'] == 'code' else r'\{[^}\n]*#((?:fig|tbl|eq|sec)-[\w-]+)', source, re.M):
                 kind = label.split('-')[0]
                 if kind not in KINDS or label in found: continue
                 count[kind] = count.get(kind, 0) + 1
-                found[label] = stem, f'{KINDS[kind]} {count[kind]}'
+                found[label] = stem, f'{KINDS[kind]} {chapter + "." if chapter else ""}{count[kind]}'
     return found
 
 # %% ../nbs/92_publish.ipynb #boxes

@@ -82,9 +82,9 @@ def test_pages_without_quarto(book, tmp_path, no_quarto, capsys):
     page = (out / '01_frames.html').read_text()
     for absent in (MARK, ':::', 'default_exp', 'noise', '/some/machine', 'widget-view', 'secret', '@oe2019', '@fig', '@eq', '{#'): assert absent not in page, absent
     for present in ('<h1 id="frames">Frames</h1>', 'references.html#ref-oe2019dots">van Oe et al. (2019)</a>', '(<a href="references.html#ref-oe2019dots">van Oe et al. 2019</a>)',
-                    '00_core.html#the-tools', 'api.html#core-fit"><code>fit</code></a>', '<math', 'alt="A dot."', 'id="fig-dot"', '<figcaption>Figure 1: A dot.</figcaption>', '#fig-dot">Figure 1</a>',
+                    '00_core.html#the-tools', 'api.html#core-fit"><code>fit</code></a>', '<math', 'alt="A dot."', 'id="fig-dot"', '<figcaption>Figure 1.1: A dot.</figcaption>', '#fig-dot">Figure 1.1</a>',
                     'alt="Figure in the section on The picture. A dot is in the middle."', '<summary>Imports</summary>', '<summary>Parameters of the run</summary>', 'runs/mine/x',
-                    '<b id="twin">twin</b>', '<summary>Solution</summary>', '#eq-sum">Equation 1</a>', 'rel="prev"', 'rel="next"', 'Apache-2.0', 'aria-current=page', 'id="at-where"'):
+                    '<b id="twin">twin</b>', '<summary>Solution</summary>', '#eq-sum">Equation 1.1</a>', 'rel="prev"', 'rel="next"', 'Apache-2.0', 'aria-current=page', 'id="at-where"'):
         assert present in page, present
     assert page.index('<summary>Solution</summary>') < page.index('Forty-two.') < page.index('</details>', page.index('Forty-two.'))
     assert '01_frames.html#at-where' in (out / 'index.html').read_text() and 'id="ref-oe2019dots"' in (out / 'references.html').read_text()

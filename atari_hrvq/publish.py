@@ -153,7 +153,7 @@ MARKERS = ('<!-- claims: written by atari-hrvq claims RUN --into FILE -->', '<!-
 def results_table(table, made):
     "The ledger as Markdown: one line on the run (`run.json`), one row a claim, which says its profile if that is another one."
     from atari_hrvq.core import Table
-    number = lambda x: '' if x is None else f'{x:.3g}'
+    number = lambda x: '' if x is None else f'{x:.4g}'
     rows = [{'claim': r['claim'], 'original': r['original'], 'ours': number(r['ours']) + (f' ({number(r["interval"][0])} to {number(r["interval"][1])})' if r['interval'] else ''), 'null': number(r['null']), 'verdict': r['verdict'], 'profile': r['profile'] or ''} for r in table]
     return f'Measured by a run at profile `{made.get("profile")}`, games {", ".join(made.get("games", []))}, seed {made.get("seed")}; rows of another profile by the runs behind `pretrained/`.\n\n{Table(rows)._repr_markdown_()}'
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import BIN, ENV, ROOT, copy_book
 from atari_hrvq.book import STAGES, module_closure, package_imports
+from atari_hrvq.publish import cell_options
 
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 CHAPTERS = [p for p in NOTEBOOKS if p.stem not in ('index', 'notation')]
@@ -122,3 +123,19 @@ def test_chapters_give_the_same_metrics_as_the_chain(chapters, smoke):
     "The same seed on the same machine, once by nbdev_test and once by papermill: the same bytes."
     book, _, _ = chapters
     assert (book / 'runs' / 'smoke' / 'metrics.jsonl').read_text() == (smoke / 'metrics.jsonl').read_text()
+
+
+def test_labels_are_unique_have_captions_and_are_referred_to_by_name():
+    labels, referred = [], set()
+    for path in NOTEBOOKS:
+        for c in cells(path):
+            if c['cell_type'] == 'code':
+                options, _ = cell_options(source(c))
+                if 'label' not in options: continue
+                kind = options['label'].split('-')[0]
+                assert kind in ('fig', 'tbl') and options[f'{kind}-cap'].endswith('.'), f'{path.name} {c["id"]}: {options}'
+                labels.append(options['label'])
+            else:
+                labels += re.findall(r'\$\$ \{#(eq-[\w-]+)\}$', source(c), re.M)
+                referred |= set(re.findall(r'(?<![\w.`])@((?:fig|tbl|eq)-[\w-]*\w)', source(c)))
+    assert len(labels) == len(set(labels)) > 100 and referred <= set(labels), referred - set(labels)

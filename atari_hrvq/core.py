@@ -167,7 +167,7 @@ class Pretrained(torch.nn.Module):
         folder = _local_folder(folder)
         try: config = json.loads((folder / 'config.json').read_text())
         except (OSError, ValueError): raise BookError(f'{folder}/config.json is missing or damaged: expected the folder of a saved {cls.__name__}') from None
-        require(config.pop('class', None) == cls.__name__, f'{folder} does not hold a {cls.__name__}: load it with the class that its config.json names')
+        require(isinstance(config, dict) and config.pop('class', None) == cls.__name__, f'{folder} does not hold a {cls.__name__}: load it with the class that its config.json names')
         try: model = cls(_build(cls.Config, config))
         except TypeError as e: raise BookError(f'{folder}/config.json is of another version of {cls.__name__}: {e}') from None
         load_weights(model, folder / 'model.safetensors')
@@ -302,7 +302,7 @@ def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', call
         args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in batch(rng_for(seed, desc, k))]
         with precision(device): loss, metrics = module.loss(*args)
         assert loss.shape == (), f'{desc}: the loss must be a scalar, got shape {tuple(loss.shape)}'
-        require(bool(torch.isfinite(loss)), f'{desc}: the loss became {loss.item()} at step {k}; the last good checkpoint is kept, lower the learning rate and run again')
+        require(bool(torch.isfinite(loss)), f'{desc}: the loss became {loss.item()} at step {k}; the last good checkpoint is kept; lower the learning rate and run again (a changed configuration starts afresh)')
         opt.zero_grad(set_to_none=True); loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip)
         opt.step()
@@ -384,7 +384,9 @@ class Stage:
         self.chapter, self.profile, self.games, self.seed = chapter, profile, parse_games(games), seed
         self.folder, self.rows, self.device, self.began = repo_path(run), [], best_device(), time.time()
         config_path = self.folder / 'run.json'
-        made = {'start': 'scratch', **read_json(config_path)} if config_path.exists() else {}
+        saved = read_json(config_path, {})
+        require(isinstance(saved, dict), f'{config_path} is damaged: delete it and run the chapters again')
+        made = {'start': 'scratch', **saved} if config_path.exists() else {}
         self.start = start or made.get('start', 'scratch')
         choices('start', self.start, ('scratch', 'pretrained'))
         self.config = {'profile': profile, 'games': list(self.games), 'seed': seed, 'start': self.start}
@@ -460,7 +462,7 @@ class Stage:
 def read_json(path, default=None):
     "The JSON at `path`; `default` if it does not exist; one sentence if it is damaged."
     try: return json.loads(Path(path).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         require(default is not None, f'{path} does not exist')
         return default
     except ValueError: raise BookError(f'{path} is damaged: delete it and run the chapters again') from None
@@ -469,7 +471,8 @@ def read_metrics(folder):
     "All rows of a run's `metrics.jsonl` as dicts, in chapter order."
     path = Path(folder) / 'metrics.jsonl'
     require(path.exists(), f'{folder} has no metrics.jsonl: run a chapter first (atari-hrvq run --run {folder})')
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    try: return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError: raise BookError(f'{path} is damaged: delete it and run the chapters again') from None
 
 def clean_number(v):
     "Numbers as Python floats with nan and infinity as None, so that every row is valid JSON."

@@ -225,7 +225,7 @@ class RandomPolicy:
         return self.action
 
 class ReadingPolicy:
-    """Plays well by reading RAM, which no agent of this book may do: follows the ball (Pong, Breakout), runs from the nearest ghost
+    """Plays by reading RAM, which no agent of this book may do: follows the ball (Pong, Breakout), runs from the nearest ghost
     (MsPacman). With probability `noise` a random legal action instead."""
     def __init__(self, game, noise=.15):
         require(game in POSITIONS, f'no reading policy for {game}: expected one of {", ".join(POSITIONS)}')

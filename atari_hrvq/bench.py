@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .agent import Agent
-from .core import FitConfig, GAMES, best_device, count_parameters, load_tree, make_adamw, repo_path, require
+from .core import FitConfig, GAMES, best_device, count_parameters, load_tree, make_adamw, precision, repo_path, require
 from .dream import observation_size, observe
 from .encoder import EncoderConfig, EncoderTraining, frame_batches
 from .frames import ACTIONS, RandomPolicy, collect, make_env
@@ -120,7 +120,7 @@ def acting(world, policy, cache, mask):
 
 def bench_dream():
     """One imagined step of the default world model at batch 1, 64 and 1024, alone, with the policy, and drawn as a picture; at batch 16 what the tokenizer's grid costs here;
-    and a training step. The floor is reading the weights that a step touches once, or multiplying by them, whichever is longer."""
+    and a training step. The floor is reading the weights that a step touches once, or the operations that it counts, whichever is longer."""
     torch.manual_seed(0)
     device, rows, threads = best_device(), [], torch.get_num_threads()
     big, square = torch.randn(8_000_000, device=device), torch.randn(1024, 1024, device=device)
@@ -130,10 +130,16 @@ def bench_dream():
         world = WorldModel(WorldConfig(grid=grid)).to(device).eval()
         none, weights = torch.zeros(B, dtype=torch.long, device=device), active_parameters(world) - count_parameters(world.contrast) - count_parameters(world.heads.scene)
         begin = torch.randint(0, 256, (B, 9, grid ** 2, 3), device=device), torch.zeros(B, 8, dtype=torch.long, device=device), none
-        cache, least, rounds = world.start(*begin), max(4 * weights / bandwidth, 2 * weights * B / flops), (15, 3) if B < 1000 else (5, 1)
+        cache, rounds = world.start(*begin), (15, 3) if B < 1000 else (5, 1)
+        with FlopCounterMode(display=False) as count: world.step(cache, none)
+        least = max(4 * weights / bandwidth, count.get_total_flops() / flops)
         t = median_seconds(lambda: world.step(cache, none), *rounds)
         rows.append(bench_row(f'dream step batch {B}, {grid} x {grid} cells', 1000 * t, 'ms', t / least))
         if B == 16: continue
+        if device.type == 'cuda':
+            def half():
+                with precision(device): world.step(cache, none)
+            t = median_seconds(half, *rounds); rows.append(bench_row(f'dream step batch {B}, bf16', 1000 * t, 'ms', t / least))
         if device.type == 'cuda' or shutil.which('g++'):
             world.faster(); world.step(cache, none)
             t = median_seconds(lambda: world.step(cache, none), *rounds)
@@ -151,9 +157,11 @@ def bench_dream():
     opt, (game, codes) = make_adamw(world, FitConfig(1)), (torch.arange(B, device=device) % 3, torch.randint(0, 256, (B, T, 9, 3), device=device))
     batch = codes, torch.zeros(B, T, dtype=torch.long, device=device), torch.zeros(B, T, device=device), torch.zeros(B, T, dtype=torch.bool, device=device), game, codes, torch.ones(B, T, dtype=torch.bool, device=device)
     def step(): opt.zero_grad(); world.train().loss(*batch)[0].backward(); opt.step()
+    with FlopCounterMode(display=False) as count: step()
     t = median_seconds(step, 5)
-    rows.append(bench_row(f'world model training step, {active_parameters(world) / 1e6:.1f}M of {count_parameters(world) / 1e6:.1f}M parameters active', B * T / t, 'frames/s', t * flops / (6 * B * T * active_parameters(world))))
-    return rows + [bench_row('peak memory of this process', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 'GB', None)]
+    rows.append(bench_row(f'world model training step, {active_parameters(world) / 1e6:.1f}M of {count_parameters(world) / 1e6:.1f}M parameters active', B * T / t, 'frames/s', t * flops / count.get_total_flops()))
+    if device.type == 'cuda': rows.append(bench_row('peak memory of the GPU', torch.cuda.max_memory_allocated() / 1e9, 'GB', None))
+    return rows + [bench_row('peak memory of this process', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 'GB', None)]
 
 # %% ../nbs/13_bench.ipynb #agent
 FIRST_DREAM = """import torch

@@ -67,6 +67,7 @@ class DreamVectorEnv(gym.vector.VectorEnv):
 
     def __init__(self, world, contexts, num_envs, horizon=16, temperature=(.5, 0., 0.), tensors=False, tokenizer=None):
         if tokenizer is not None: world.check_tokenizer(tokenizer)
+        require(isinstance(temperature, (tuple, list)) and len(temperature) == world.config.levels and min(temperature) >= 0, f'expected one temperature from 0 on for each of {world.config.levels} levels, got {temperature}')
         self.world, self.contexts, self.num_envs, self.horizon, self.temperature, self.tensors, self.tokenizer = world, contexts, num_envs, horizon, temperature, tensors, tokenizer
         self.render_mode = 'rgb_array' if tokenizer is not None else None
         self.device = next(world.parameters()).device
@@ -81,8 +82,12 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         if seed is not None or self.cache is None:
             self.rng = np.random.default_rng(seed)
             self.generator = torch.Generator().manual_seed(int(self.rng.integers(2**62)))
+        if mask is not None:
+            mask = np.asarray(mask)
+            require(mask.shape == (self.num_envs,) and mask.dtype == bool, f'reset_mask must be {self.num_envs} booleans, one a dream, got {mask.dtype} of shape {mask.shape}')
+            require(self.cache is not None or mask.all(), 'the dreams have not begun: call reset without reset_mask first')
         self.world.eval()
-        rows = torch.arange(self.num_envs) if mask is None else torch.as_tensor(np.flatnonzero(np.asarray(mask)))
+        rows = torch.arange(self.num_envs) if mask is None else torch.as_tensor(np.flatnonzero(mask))
         if len(rows):
             codes, actions, game = (x.to(self.device) for x in self.contexts(len(rows), self.rng))
             if mask is None or len(rows) == self.num_envs:
@@ -96,7 +101,9 @@ class DreamVectorEnv(gym.vector.VectorEnv):
 
     def step(self, actions):
         require(self.cache is not None, 'the dream has not begun: call reset first')
-        actions = torch.as_tensor(actions, device=self.device).long()
+        actions = torch.as_tensor(actions, device=self.device)
+        require(actions.shape == (self.num_envs,) and not actions.is_floating_point(), f'expected {self.num_envs} actions as whole numbers, one a dream, got {actions.dtype} of shape {tuple(actions.shape)}')
+        actions = torch.where(self.over, 0, actions.long())                        # a dream that ended waits, whatever it is told
         legal = self.masks[self.cache.game].gather(1, actions.clamp(0, ACTIONS - 1)[:, None])[:, 0].bool() & (actions >= 0) & (actions < ACTIONS) | self.over
         if not bool(legal.all()):
             row = int((~legal).nonzero()[0])

@@ -62,6 +62,7 @@ def evaluate(agent, game, episodes, seed=0, greedy=False, max_steps=27_000, prot
     `agent` has `start(game, n, seed)`, `act(frames uint8 [n, 4, 84, 84], restart bool [n], greedy)` and then `last_value` [n]. The same seed gives the same games.
     An episode that reaches `max_steps` is cut and says `finished: False`; the protocol's own end after 30 minutes (27,000 steps) counts as finished."""
     require(episodes > 0, f'episodes must be positive, got {episodes}')
+    require(max_steps > 0, f'max_steps must be positive, got {max_steps}')
     envs = [make_env(game, protocol) for _ in range(episodes)]
     for env in envs: check_full_game(env)
     now = [env.reset(seed=derive(seed, 'evaluate', game, i) % 2**31)[0] for i, env in enumerate(envs)]

@@ -63,6 +63,7 @@ class ResidualVQ(nn.Module):
         "uint8 [..., L] -> float [..., D] from the first `levels` levels (default: all; 0 gives zeros)."
         n = len(self.levels) if levels is None else levels
         require(0 <= n <= len(self.levels) and codes.shape[-1] == len(self.levels), f'expected codes [..., {len(self.levels)}] and 0 to {len(self.levels)} levels, got {list(codes.shape)} and {levels}')
+        codes = codes.to(self.levels[0].codebook.device)
         out = torch.zeros(*codes.shape[:-1], self.dim, device=codes.device)
         for l in range(n): out = out + self.levels[l].decode(codes[..., l])
         return out

@@ -4,6 +4,7 @@
 
 # %% ../nbs/09_ppo.ipynb #imports
 from __future__ import annotations
+import math
 from dataclasses import asdict, dataclass
 import gymnasium as gym
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import nn
 from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, monitor, progress, require, save_checkpoint, seed_all)
+from .world import reward_bins, symexp, symlog, two_hot
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'LIVES', 'gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout', 'PPOConfig',
            'ppo_objective', 'reinforce_objective', 'pmpo_objective', 'standardised', 'spread', 'PPO', 'ReturnCounter',
-           'train_ppo', 'life_returns', 'score_of_lives']
+           'train_ppo', 'life_returns', 'score_of_points', 'score_of_lives']
 
 # %% ../nbs/09_ppo.ipynb #gae
 def gae(r_TB, v_TB, v_next_TB, terminated_TB, ended_TB, gamma, lam):
@@ -35,9 +37,11 @@ class ActorCriticConfig:
     actions: int = 18
     hidden: int = 256
     norm: bool = True              # of a vector's entries, before anything else; not for a few numbers whose size is what matters
+    bins: int = 0                  # of the critic: 0 for one number, else (odd) for a symexp two-hot distribution over so many
 
 class ActorCritic(Pretrained):
-    "`forward(obs [N, *obs_shape], action_mask [N, A] or None) -> (logits [N, A], value [N])`; pictures are uint8."
+    """`forward(obs [N, *obs_shape], action_mask [N, A] or None) -> (logits [N, A], value [N])`; pictures are uint8. With `raw` the critic's own
+    output [N, 1 or bins] stands in the place of the value, for `critic_error`."""
     Config = ActorCriticConfig
 
     def __init__(self, config):
@@ -47,14 +51,22 @@ class ActorCritic(Pretrained):
         if c.kind == 'mlp': body = [*[nn.LayerNorm(c.obs_shape[0])] * c.norm, nn.Linear(c.obs_shape[0], c.hidden), nn.SiLU(), nn.Linear(c.hidden, c.hidden), nn.SiLU()]
         else: body = [nn.Conv2d(c.obs_shape[0], 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 81, c.hidden), nn.ReLU()]
         self.body = nn.Sequential(*body).to(memory_format=torch.channels_last)       # of pictures: on a CPU a step of learning takes half the time
-        self.actor, self.critic = nn.Linear(c.hidden, c.actions), nn.Linear(c.hidden, 1)
+        require(c.bins == 0 or c.bins % 2 and c.bins > 1, f'bins must be 0 or odd, so that one of them is 0, got {c.bins}')
+        self.actor, self.critic = nn.Linear(c.hidden, c.actions), nn.Linear(c.hidden, max(1, c.bins))
+        self.register_buffer('bins', reward_bins(c.bins) if c.bins else None, persistent=False)
         for head in (self.actor, self.critic): nn.init.zeros_(head.weight); nn.init.zeros_(head.bias)
 
-    def forward(self, obs, action_mask=None):
+    def forward(self, obs, action_mask=None, raw=False):
         h = self.body(obs.to(torch.float32, memory_format=torch.channels_last).div_(255) if obs.dtype == torch.uint8 else obs)
         logits = self.actor(h)
         if action_mask is not None: logits = logits.masked_fill(action_mask == 0, -1e9)
-        return logits, self.critic(h)[:, 0]
+        said = self.critic(h)
+        return logits, said if raw else said[:, 0] if self.bins is None else said.softmax(-1) @ symexp(self.bins)
+
+    def critic_error(self, said, target, variance=1.):
+        "[N]: the squared error over `variance`; of a critic with bins the cross-entropy with the two-hot target (Hafner et al., 2023, equation 9)."
+        if self.bins is None: return (said[:, 0] - target).pow(2) / variance
+        return -(two_hot(symlog(target), self.bins) * said.log_softmax(-1)).sum(-1)
 
 # %% ../nbs/09_ppo.ipynb #rollout
 @dataclass
@@ -115,6 +127,7 @@ class PPOConfig:
     value_cost: float = .5
     entropy_cost: float = .01
     max_grad: float = .5
+    advantage: str = 'standardised' # or 'range': over the range of the game's returns, not centred
     objective: str = 'ppo'          # of the policy: 'ppo', 'pmpo' or 'reinforce'
     kl_cost: float = .3             # of leaving the policy that played; PMPO only
 
@@ -128,8 +141,8 @@ def reinforce_objective(log_p_N, old_N, a_N, c):
     return -(log_p_N * a_N).mean()
 
 def pmpo_objective(log_p_N, old_N, a_N, c):
-    """`-(mean log pi over A >= 0) / 2 + (mean log pi over A < 0) / 2 + kl_cost KL`, as DreamerV4 has it (Hafner et al., 2025): only the sign of an advantage counts.
-    The divergence is that of `pi` from the policy that played, by the estimate `rho - 1 - log rho` over what was done, which is never negative."""
+    """`-(mean log pi over A >= 0) / 2 + (mean log pi over A < 0) / 2 + kl_cost KL`, as DreamerV4 has it (Hafner et al., 2025): only the sign of an advantage counts,
+    so `update` hands it over as it is. The divergence is KL(policy that played || `pi`), by the estimate `rho - 1 - log rho` over what was done, which is never negative."""
     good, log_rho = a_N >= 0, log_p_N - old_N
     praise, blame = (log_p_N[m].sum() / m.sum().clamp(min=1) for m in (good, ~good))
     return (blame - praise) / 2 + c.kl_cost * (log_rho.exp() - 1 - log_rho).mean()
@@ -154,20 +167,30 @@ class PPO:
     "Improves an `ActorCritic` on `Rollout`s: `update(rollout, generator) -> metrics`. `state()` and `load_state()` for checkpoints."
     def __init__(self, policy, config=None):
         self.policy, self.config = policy, config or PPOConfig()
-        choices('objective', self.config.objective, OBJECTIVES)
+        choices('objective', self.config.objective, OBJECTIVES); choices('advantage', self.config.advantage, ('standardised', 'range'))
+        self.range = {}                 # of the returns of each game, a moving average
         self.opt = torch.optim.Adam(policy.parameters(), self.config.lr, eps=1e-5)
 
-    def state(self): return {'policy': self.policy.state_dict(), 'opt': self.opt.state_dict()}
-    def load_state(self, state): self.policy.load_state_dict(state['policy']); self.opt.load_state_dict(state['opt'])
+    def state(self): return {'policy': self.policy.state_dict(), 'opt': self.opt.state_dict(), 'range': dict(self.range)}
+    def load_state(self, state): self.policy.load_state_dict(state['policy']); self.opt.load_state_dict(state['opt']); self.range = dict(state['range'])
+
+    def ranged(self, a_N, target_N, game_N, decay=.99):
+        "float [N]: advantages over the distance from the 5th to the 95th percentile of their game's returns, averaged over the updates and at least 1 (Hafner et al., 2023, equation 12)."
+        out = torch.empty_like(a_N)
+        for g in game_N.unique().tolist():
+            lo, hi = np.quantile(target_N[game_N == g].cpu().numpy(), (.05, .95))
+            self.range[g] = decay * self.range[g] + (1 - decay) * float(hi - lo) if g in self.range else float(hi - lo)
+            out[game_N == g] = a_N[game_N == g] / max(1., self.range[g])
+        return out
 
     def losses(self, obs, mask, action, old, advantage, target, variance=1.):
         "The three terms on flat rows [N], as a dict of scalars, and the mean of |rho - 1|; `variance` of the returns, float [N] or one number."
-        logits, value = self.policy(obs, mask)
+        logits, said = self.policy(obs, mask, raw=True)
         log_p = logits.log_softmax(-1)
         done = log_p.gather(1, action[:, None])[:, 0]
         entropy = -(log_p.exp() * log_p.masked_fill(mask == 0, 0)).sum(-1).mean()
         policy = OBJECTIVES[self.config.objective](done, old, advantage, self.config)
-        return {'policy': policy, 'value': ((value - target).pow(2) / variance).mean(), 'entropy': -entropy}, ((done - old).exp() - 1).abs().mean()
+        return {'policy': policy, 'value': self.policy.critic_error(said, target, variance).mean(), 'entropy': -entropy}, ((done - old).exp() - 1).abs().mean()
 
     def update(self, r, generator):
         c, keep = self.config, r.valid.flatten()
@@ -175,7 +198,8 @@ class PPO:
         advantage = gae(r.rewards, r.values, r.next_values, r.terminated, r.ended, c.gamma, c.lam)
         flat = lambda x: x.flatten(0, 1)[keep]
         target, game = flat(advantage + r.values), flat(r.game)
-        a, variance = standardised(flat(advantage), game), spread(target, game)
+        a, variance = flat(advantage), spread(target, game)
+        if c.objective != 'pmpo': a = standardised(a, game) if c.advantage == 'standardised' else self.ranged(a, target, game)
         obs, mask, action, old = flat(r.obs), flat(r.masks), flat(r.actions), flat(r.log_probs)
         weights, total, n = {'policy': 1., 'value': c.value_cost, 'entropy': c.entropy_cost}, {}, 0
         for _ in range(c.epochs):
@@ -237,6 +261,13 @@ def life_returns(episodes):
     last[:-1] |= episodes.episode[1:] != episodes.episode[:-1]; last[-1] = True               # a stretch that was left unfinished
     at = np.flatnonzero(last)
     return np.diff(np.cumsum(episodes.rewards)[at], prepend=0.)[over[at]]
+
+def score_of_points(won, lost, n=21):
+    "The mean score of a game to `n` points if each is won with probability `won / (won + lost)` (binomials of the last point); None without a point."
+    if won + lost == 0: return None
+    p, k = won / (won + lost), np.arange(n)
+    ways = np.array([math.comb(n - 1 + i, i) for i in range(n)], float)
+    return float((ways * (n - k) * (p ** n * (1 - p) ** k - (1 - p) ** n * p ** k)).sum())
 
 def score_of_lives(game, returns):
     "The mean score of a whole game from `returns` of its lives; None if no life came to its end."

@@ -11,6 +11,7 @@ import torch
 from IPython.display import HTML
 from PIL import Image
 from .agent import Agent
+from .claims import ledger
 from .core import (BookError, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, read_json, read_metrics, require, rng_for, save_tree, seed_all,
                              write_atomic, write_json)
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
@@ -21,8 +22,9 @@ from .hrvq import Tokenizer
 from .world import WorldModel, tokenise
 
 # %% auto #0
-__all__ = ['PARTS', 'FOLLOWED', 'dream_of', 'pack_replay', 'shipped_replay', 'halved', 'pack', 'verify', 'score', 'film',
-           'film_strip', 'fidelity_of_play', 'joined', 'ship_agent', 'agent_card']
+__all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'shipped_replay', 'halved', 'seal', 'pack', 'compared',
+           'verify', 'score', 'film', 'film_strip', 'fidelity_of_play', 'joined', 'ship_agent', 'loop_seconds',
+           'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -75,6 +77,11 @@ def halved(agent, folder):
     Agent(tokenizer, world, agent.policy.cpu(), agent.context, agent.real_steps).save_pretrained(folder, torch.float16)
     return Agent.from_pretrained(folder)
 
+def seal(folder, made):
+    "Write the manifest of `folder`: what it was `made` from, and the hash of every other file in it."
+    files = sorted(p for p in folder.rglob('*') if p.is_file() and p.name != 'manifest.json')
+    write_json(folder / 'manifest.json', {'made': made, 'files': {str(p.relative_to(folder)): file_hash(p) for p in files}})
+
 def pack(agent, folder, contexts, scores, made, steps=15, seed=0, replay=None):
     """Write `agent` as a folder to ship; an older folder of that name is replaced once the new one is whole. Returns what a reader will load.
 
@@ -89,21 +96,31 @@ def pack(agent, folder, contexts, scores, made, steps=15, seed=0, replay=None):
     save_tree(new / 'dream.safetensors', {'start': {'codes': codes, 'actions': actions, 'game': game}, 'seed': seed, 'dream': dream_of(shipped, codes, actions, game, steps, seed)})
     if replay: save_tree(new / 'replay.safetensors', pack_replay(replay))
     write_json(new / 'scores.json', scores)
-    files = sorted(p for p in new.rglob('*') if p.is_file())
-    write_json(new / 'manifest.json', {'made': made, 'files': {str(p.relative_to(new)): file_hash(p) for p in files}})
+    seal(new, made)
     if folder.exists(): shutil.rmtree(folder)
     new.rename(folder)
     return Agent.from_pretrained(folder)
 
 # %% ../nbs/14_pretrained.ipynb #verify
+NAMES = {'codes': 'codes', 'actions': 'actions', 'reward': 'rewards', 'proceed': 'endings'}
+
+def compared(new, stored):
+    "`{'result', 'ok'}` of two dreams: the same bits, the same but for the last bits of the rewards, or another one and from which step on."
+    if all(torch.equal(new[k], stored[k]) for k in NAMES): return {'result': 'bit for bit the stored one', 'ok': True}
+    apart = {k: ((new[k] - stored[k]).abs() > 1e-4 if k == 'reward' else new[k] != stored[k]).flatten(2 if k == 'codes' else 1) for k in NAMES}
+    first = {k: int((x.any(-1) if k == 'codes' else x).any(0).nonzero()[0]) + 1 for k, x in apart.items() if x.any()}
+    if not first: return {'result': 'the same codes, actions and endings; the rewards differ in their last bits, as on another processor', 'ok': True}
+    return {'result': 'another one: ' + ', '.join(f'{NAMES[k]} from step {t} on' for k, t in first.items()), 'ok': False}
+
 def verify(folder):
     """Check a shipped folder: every file against its hash, the models against their sizes and each other, the stored dream against a new one.
 
     Returns rows `{'check', 'result', 'ok'}`; a file that is missing or cut short ends the list, since nothing is loaded from a folder that is not whole."""
     folder = Path(folder)
     require((folder / 'manifest.json').exists(), f'{folder} has no manifest.json: expected a folder that atari-hrvq ship wrote, such as pretrained/three-games')
-    rows = []
-    for name, hash in read_json(folder / 'manifest.json')['files'].items():
+    rows, manifest = [], read_json(folder / 'manifest.json')
+    require(isinstance(manifest, dict) and 'files' in manifest, f'{folder}/manifest.json lists no files, so it is damaged: fetch the folder again')
+    for name, hash in manifest['files'].items():
         path = folder / name
         found = 'missing' if not path.exists() else 'as it was shipped' if file_hash(path) == hash else 'altered or cut short'
         rows.append({'check': name, 'result': found, 'ok': found == 'as it was shipped'})
@@ -112,11 +129,9 @@ def verify(folder):
     except BookError as e: return [*rows, {'check': 'the models load and belong together', 'result': str(e), 'ok': False}]
     rows.append({'check': 'the models load and belong together', 'result': f'{sum(p.numel() for m in PARTS for p in getattr(agent, m).parameters()) / 1e6:.1f}M parameters, games {", ".join(agent.games)}', 'ok': True})
     stored = load_tree(folder / 'dream.safetensors')
-    new, start = dream_of(agent, stored['start']['codes'], stored['start']['actions'], stored['start']['game'], stored['dream']['codes'].shape[1], stored['seed']), stored['dream']
-    same = {k: bool(torch.equal(new[k], start[k])) for k in start}
-    words = 'bit for bit the stored one' if all(same.values()) else 'the same codes and actions; the rewards differ in their last bits, as on another processor' if same['codes'] and same['actions'] and torch.allclose(new['reward'], start['reward'], atol=1e-4) \
-        else f'another one: {float((new["codes"] != start["codes"]).float().mean()):.1%} of the codes differ'
-    return [*rows, {'check': f'a dream of {start["codes"].shape[1]} steps in {len(start["codes"])} rooms', 'result': words, 'ok': not words.startswith('another')}]
+    old = stored['dream']
+    new = dream_of(agent, *(stored['start'][k] for k in ('codes', 'actions', 'game')), old['codes'].shape[1], stored['seed'])
+    return [*rows, {'check': f'a dream of {old["codes"].shape[1]} steps in {len(old["codes"])} rooms', **compared(new, old)}]
 
 # %% ../nbs/14_pretrained.ipynb #score
 def score(folder, game, episodes=30, seed=0, greedy=False, max_steps=27_000):
@@ -207,12 +222,15 @@ def ship_agent(run, folder, made, episodes=30):
     for g in stage.games:
         parts = sorted((f for f in stage.index() if f.startswith(f'agent-replay-{g}-')), key=lambda f: int(f.split('-')[-1].split('.')[0]))
         first = [f for f in stage.index() if f == f'agent-first-{g}.safetensors']
-        replay[g], played[g] = {f: stage.index()[f]['sha256'] for f in first + parts}, [load_stored(stage, f.removesuffix('.safetensors')) for f in first + parts]
+        random = [f'frames-{g}-train.safetensors'] if config.get('start', 'scratch') == 'scratch' else []
+        replay[g], played[g] = {f: stage.index()[f]['sha256'] for f in random + first + parts}, [load_stored(stage, f.removesuffix('.safetensors')) for f in first + parts]
         codes[g] = tokenise(agent.tokenizer, played[g][-1])
         if len(played[g]) > 1: known[g] = fidelity_of_play(agent.tokenizer, played[g], seed=stage.seed)
     contexts = Contexts(codes, agent.games, agent.context)(2 * len(stage.games), rng_for(stage.seed, 'stored dream'))
     steps = {r['name']: r for r in map(json.loads, (run / 'metrics' / '10_agent.jsonl').read_text().splitlines()) if 'name' in r}['real_steps']['value']
+    earlier = read_json(folder / 'manifest.json', {}).get('made') if config.get('start') == 'pretrained' else None
     made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'learned from': replay, 'known from the codes': known}
+    if earlier: made['went on from'] = earlier                        # its hashes, hardware and seconds, and what it went on from itself
     with tempfile.TemporaryDirectory() as t:
         halved(agent, t)
         scores = {}
@@ -220,21 +238,34 @@ def ship_agent(run, folder, made, episodes=30):
             ours, chance = score(t, g, episodes, derive(stage.seed, 'scores'))
             scores[g] = {**{k: ours[k] for k in ('mean', 'lo', 'hi', 'episodes', 'cut short', 'agent steps')}, 'seed': derive(stage.seed, 'scores'), 'random': chance['mean'], 'random lo': chance['lo'], 'random hi': chance['hi']}
     before = read_metrics(folder) if config.get('start') == 'pretrained' and (folder / 'metrics.jsonl').exists() else []
-    pack(agent, folder, contexts, scores, made, replay=played)
-    for g, es in played.items(): film(Agent.from_pretrained(folder), es[-1], folder / f'dream-{g}.gif')
-    write_json(folder / 'run.json', config)
-    rows = [json.loads(line) for c in ('10_agent', '11_evaluate') if (path := run / 'metrics' / f'{c}.jsonl').exists() for line in path.read_text().splitlines()]
-    write_atomic(folder / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in (joined(before, rows) if before else rows)))
-    write_atomic(folder / 'README.md', agent_card(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as staging:         # the old folder stays until the new one is whole
+        new = Path(staging) / folder.name
+        shipped = pack(agent, new, contexts, scores, made, replay=played)
+        for g, es in played.items(): film(shipped, es[-1], new / f'dream-{g}.gif')
+        write_json(new / 'run.json', config)
+        rows = [json.loads(line) for c in ('10_agent', '11_evaluate') if (path := run / 'metrics' / f'{c}.jsonl').exists() for line in path.read_text().splitlines()]
+        write_atomic(new / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in (joined(before, rows) if before else rows)))
+        write_json(new / 'claims.json', ledger(rows, config['profile']))
+        write_atomic(new / 'README.md', agent_card(new))
+        seal(new, read_json(new / 'manifest.json')['made'])
+        if folder.exists(): shutil.rmtree(folder)
+        new.rename(folder)
     return folder
+
+def loop_seconds(made):
+    "How long the loop took, with all that it went on from."
+    return made['seconds of the loop'] + (loop_seconds(made['went on from']) if made.get('went on from') else 0)
 
 def agent_card(folder):
     "Markdown: how to load the agent, what it scores, what it was made from, what it cannot do."
     made, scores = read_json(folder / 'manifest.json')['made'], read_json(folder / 'scores.json')
     rows = [{'game': g, 'score': s['mean'], '95% interval': f'{s["lo"]:.1f} to {s["hi"]:.1f}', 'random play': s['random'], 'its interval': f'{s["random lo"]:.1f} to {s["random hi"]:.1f}', 'episodes': s['episodes'], 'cut short': s['cut short']} for g, s in scores.items()]
-    told = {k: v for k, v in made.items() if k not in ('learned from', 'games', 'known from the codes')}
+    told = {**{k: v for k, v in made.items() if k not in ('learned from', 'games', 'known from the codes', 'went on from')}, 'seconds of the loop': round(loop_seconds(made), 1)}
     known = [{'game': g, 'variable': k, 'R^2 from the codes': v, 'untrained tokenizer': null} for g, found in made.get('known from the codes', {}).items() for k, (v, null) in found.items()]
-    seen = f'On frames of its last round of play, its codes tell where things are; a probe learned from the rounds before:\n\n{Table(known, digits=2)._repr_markdown_()}\n' if known else ''
+    seen = f'What a probe reads from its codes on frames of its last round of play (it learned from the rounds before; 1: exact, 0: no better than the mean), beside the codes of a tokenizer that never learned. Only where the first is clearly above the second did training help:\n\n{Table(known, digits=2)._repr_markdown_()}\n' if known else ''
+    badly = [f'{r["variable"]} ({r["game"]})' for r in known if r['R^2 from the codes'] < .5]
+    if badly: seen += f'\nIts codes place badly (R^2 below 0.5): {", ".join(badly)}.\n'
     went_on, replay = made.get('start') == 'pretrained', (folder / 'replay.safetensors').exists()
     return f"""# {folder.name}
 

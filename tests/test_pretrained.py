@@ -8,7 +8,7 @@ from atari_hrvq.agent import Agent
 from atari_hrvq.core import BookError, load_tree, save_tree
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.frames import RandomPolicy, ReadingPolicy, collect
-from atari_hrvq.pretrained import dream_of, fidelity_of_play, film, film_strip, pack, score, shipped_replay, verify
+from atari_hrvq.pretrained import compared, dream_of, fidelity_of_play, film, film_strip, pack, score, shipped_replay, verify
 from atari_hrvq.world import WorldModel
 
 SMALL = dict(dim=32, heads=2, experts=(1, 2), windows=(4, 8), hidden=32, shared_hidden=8, cell_hidden=16)
@@ -56,7 +56,23 @@ def test_a_new_dream_that_differs_is_told(folder):
     manifest['files']['dream.safetensors'] = file_hash(folder / 'dream.safetensors')
     write_json(folder.with_name('three') / 'manifest.json', manifest)
     rows = verify(folder.with_name('three'))
-    assert [r['ok'] for r in rows][-1] is False and 'of the codes differ' in rows[-1]['result']
+    assert [r['ok'] for r in rows][-1] is False and 'codes from step' in rows[-1]['result']
+
+
+def test_what_differs_in_a_dream_is_named(folder):
+    "Another ending head and another reward head are not 'the last bits'; the last bits are."
+    stored = load_tree(folder / 'dream.safetensors')['dream']
+    change = lambda k, by: compared({**stored, k: stored[k] ^ True if by is None else stored[k] + by}, stored)
+    assert compared(dict(stored), stored) == {'result': 'bit for bit the stored one', 'ok': True}
+    assert change('reward', 1e-6)['ok'] and 'last bits' in change('reward', 1e-6)['result']
+    assert change('reward', .1) == {'result': 'another one: rewards from step 1 on', 'ok': False} and change('proceed', None) == {'result': 'another one: endings from step 1 on', 'ok': False}
+    later = stored['codes'].clone(); later[:, 3:] += 1
+    assert compared({**stored, 'codes': later}, stored)['result'] == 'another one: codes from step 4 on'
+
+
+def test_a_manifest_without_files_is_one_sentence(folder):
+    (folder / 'manifest.json').write_text('{}')
+    with pytest.raises(BookError, match='lists no files'): verify(folder)
 
 
 def test_files_cut_short_or_missing_are_named_and_nothing_is_loaded(folder, monkeypatch):

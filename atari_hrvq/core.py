@@ -15,11 +15,11 @@ from tqdm.std import tqdm
 
 # %% auto #0
 __all__ = ['PROFILES', 'GAMES', 'monitor', 'MAKERS', 'SHIPPED', 'BookError', 'require', 'choices', 'pick', 'parse_games',
-           'derive', 'rng_for', 'seed_all', 'best_device', 'precision', 'count_parameters', 'pack', 'unpack',
-           'write_atomic', 'write_json', 'save_tree', 'load_tree', 'file_hash', 'Pretrained', 'load_weights',
-           'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw', 'fit', 'fingerprint', 'save_checkpoint',
-           'load_checkpoint', 'plot_history', 'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics',
-           'clean_number', 'Table', 'bootstrap_mean']
+           'derive', 'rng_for', 'seed_all', 'best_device', 'precision', 'count_parameters', 'symlog', 'symexp',
+           'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic', 'write_json', 'save_tree', 'load_tree',
+           'file_hash', 'Pretrained', 'load_weights', 'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw',
+           'fit', 'fingerprint', 'save_checkpoint', 'load_checkpoint', 'plot_history', 'repo_path',
+           'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number', 'Table', 'bootstrap_mean']
 
 # %% ../nbs/00_core.ipynb #errors
 class BookError(Exception):
@@ -79,6 +79,22 @@ def precision(device):
     return torch.autocast('cuda', torch.bfloat16) if torch.device(device).type == 'cuda' else nullcontext()
 
 def count_parameters(module): return sum(p.numel() for p in module.parameters())
+
+# %% ../nbs/00_core.ipynb #two-hot
+def symlog(x): return x.sign() * x.abs().log1p()
+def symexp(x): return x.sign() * x.abs().expm1()
+
+def reward_bins(n, reach=8.):
+    "`n` (odd) symlog rewards from -`reach` to `reach`; the middle one is exactly 0."
+    return (torch.arange(n) - n // 2) * (2 * reach / (n - 1))
+
+def two_hot(x, bins):
+    "Weights [..., n] on the two of the sorted `bins` [n] beside each value of `x` [...], whose mean is `x`; values outside go to the last bin."
+    x = x.clamp(bins[0], bins[-1])
+    high = torch.searchsorted(bins, x).clamp(1, len(bins) - 1)
+    up = (x - bins[high - 1]) / (bins[high] - bins[high - 1])
+    out = torch.zeros(*x.shape, len(bins), device=x.device)
+    return out.scatter(-1, (high - 1)[..., None], (1 - up)[..., None]).scatter(-1, high[..., None], up[..., None])
 
 # %% ../nbs/00_core.ipynb #pack
 def pack(tree):

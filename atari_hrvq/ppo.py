@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import nn
-from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, monitor, progress, require, save_checkpoint, seed_all)
-from .world import reward_bins, symexp, symlog, two_hot
+from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, monitor, progress, require, reward_bins, save_checkpoint, seed_all,
+                             symexp, symlog, two_hot)
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'LIVES', 'gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout', 'PPOConfig',

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, require, rng_for
+from .core import BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, require, rng_for, reward_bins, symexp, symlog, two_hot
 from .frames import ACTIONS, episode_windows, load_episodes
 from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
 __all__ = ['Tokens', 'tokenise', 'token_batches', 'rope_angles', 'rotate', 'rope', 'RMSNorm', 'WorldConfig', 'Block',
-           'LevelHeads', 'choose', 'uniform', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'RewardHead', 'Contrast',
-           'WorldOutput', 'Cache', 'Step', 'WorldModel', 'fill_rings', 'advance', 'token_accuracy', 'f1']
+           'LevelHeads', 'choose', 'uniform', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step', 'WorldModel',
+           'fill_rings', 'advance', 'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -230,21 +230,6 @@ def uniform(shape, temperature, generator, device):
     return None if temperature == 0 else torch.rand(shape, generator=generator, device=device if generator is None else generator.device).to(device)
 
 # %% ../nbs/07_world.ipynb #reward
-def symlog(x): return x.sign() * x.abs().log1p()
-def symexp(x): return x.sign() * x.abs().expm1()
-
-def reward_bins(n, reach=8.):
-    "`n` (odd) symlog rewards from -`reach` to `reach`; the middle one is exactly 0."
-    return (torch.arange(n) - n // 2) * (2 * reach / (n - 1))
-
-def two_hot(x, bins):
-    "Weights [..., n] on the two of the sorted `bins` [n] beside each value of `x` [...], whose mean is `x`; values outside go to the last bin."
-    x = x.clamp(bins[0], bins[-1])
-    high = torch.searchsorted(bins, x).clamp(1, len(bins) - 1)
-    up = (x - bins[high - 1]) / (bins[high] - bins[high - 1])
-    out = torch.zeros(*x.shape, len(bins), device=x.device)
-    return out.scatter(-1, (high - 1)[..., None], (1 - up)[..., None]).scatter(-1, high[..., None], up[..., None])
-
 class RewardHead(nn.Module):
     "States float [..., D] -> logits [..., A, n] of the rewards of this and the next A - 1 steps."
     def __init__(self, c):

@@ -558,6 +558,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                     'atari_hrvq.publish.render_quarto': ('publish.html#render_quarto', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.results_table': ('publish.html#results_table', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.rounding_kept': ('publish.html#rounding_kept', 'atari_hrvq/publish.py'),
+                                    'atari_hrvq.publish.say_undrawn': ('publish.html#say_undrawn', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.sections': ('publish.html#sections', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.ship': ('publish.html#ship', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.ship_figures': ('publish.html#ship_figures', 'atari_hrvq/publish.py'),

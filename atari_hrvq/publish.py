@@ -20,9 +20,9 @@ __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCR
            'write_between', 'Page', 'book_config', 'listed_pages', 'page_sources', 'processed', 'cell_options', 'fold',
            'plain_text', 'alt_text', 'captioned', 'shown', 'forget_paths', 'prepare', 'exported', 'signature',
            'docstring', 'entry', 'api_page', 'outside_code', 'in_prose', 'link_names', 'link_cells', 'plain_tex',
-           'read_bib', 'authors_of', 'bibliography', 'cite', 'label_numbers', 'boxes', 'translate', 'slug',
-           'markdown_renderer', 'page_body', 'page_html', 'check_page', 'check_pages', 'sections', 'render_html',
-           'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project', 'publish']
+           'read_bib', 'authors_of', 'bibliography', 'cite', 'label_numbers', 'boxes', 'translate', 'say_undrawn',
+           'slug', 'markdown_renderer', 'page_body', 'page_html', 'check_page', 'check_pages', 'sections',
+           'render_html', 'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project', 'publish']
 
 # %% ../nbs/92_publish.ipynb #outputs
 def store_outputs(run, limit=200_000, out=sys.stderr):
@@ -518,6 +518,16 @@ def translate(text, stem, labels, entries):
     text = re.sub(r'(\]\([^)\s]+\))\{[^}\n]*\}', r'\1', text)                     # attributes of pictures and links
     return cite(text, entries)
 
+# %% ../nbs/92_publish.ipynb #undrawn
+def say_undrawn(books, raw):
+    "Where prose refers to a figure or table that this run did not make (its label stands in `raw` and no longer in `books`), words stand instead of a reference to nothing."
+    kept, made = label_numbers(books), label_numbers(raw)
+    words = {'fig': 'a figure that this run did not draw', 'tbl': 'a table that this run did not make'}
+    say = lambda m: words[m[1]] if m[2] in made and m[2] not in kept else m[0]
+    for b in books.values():
+        for c in b['cells']:
+            if c['cell_type'] == 'markdown': c['source'] = in_prose(c['source'], r'(?<![\w.])@(?=(fig|tbl)-)((?:fig|tbl)-[\w-]*\w)', say)
+
 # %% ../nbs/92_publish.ipynb #markdown
 def slug(text):
     "The identifier that Pandoc gives a heading."
@@ -792,6 +802,7 @@ def prepared_books(root, run, pages, log):
         link_names(books[stem], owners, module)
         listed = ', '.join(f'[`{n}`](api.qmd#{module}-{n})' for n in names)
         books[stem]['cells'].append({'cell_type': 'markdown', 'id': 'exports', 'metadata': {}, 'source': f'## In the package\n\n`atari_hrvq.{module}` holds {listed}.'})
+    say_undrawn(books, raw)
     link_cells(books)
     by_stem = {p.stem: p for p in pages}
     made = {'api': lambda: api_page([(m, names, by_stem[stem]) for stem, (m, names) in modules.items()]), 'references': lambda: '# References {.unnumbered}\n\n::: {#refs}\n:::\n'}

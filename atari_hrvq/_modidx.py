@@ -488,6 +488,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                 'atari_hrvq.ppo.rollout': ('ppo.html#rollout', 'atari_hrvq/ppo.py'),
                                 'atari_hrvq.ppo.sample': ('ppo.html#sample', 'atari_hrvq/ppo.py'),
                                 'atari_hrvq.ppo.score_of_lives': ('ppo.html#score_of_lives', 'atari_hrvq/ppo.py'),
+                                'atari_hrvq.ppo.score_of_play': ('ppo.html#score_of_play', 'atari_hrvq/ppo.py'),
                                 'atari_hrvq.ppo.score_of_points': ('ppo.html#score_of_points', 'atari_hrvq/ppo.py'),
                                 'atari_hrvq.ppo.spread': ('ppo.html#spread', 'atari_hrvq/ppo.py'),
                                 'atari_hrvq.ppo.standardised': ('ppo.html#standardised', 'atari_hrvq/ppo.py'),

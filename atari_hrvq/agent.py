@@ -14,7 +14,7 @@ from .core import (FitConfig, Stage, derive, fingerprint, fit, load_checkpoint, 
 from .dream import Contexts, DreamVectorEnv, observation_size, observe
 from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
-from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, life_returns, rollout, score_of_lives, score_of_points
+from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, rollout, score_of_play
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
@@ -218,8 +218,7 @@ def learn(stage, agent, ppo, replay, c, name='agent'):
             episodes = {} if last else play(agent, list(replay), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')
             for g, e in episodes.items():
                 store_episodes(stage, f'{name}-replay-{g}-{r}', e)
-                row[f'real_reward_{g}'] = float(np.sign(e.rewards).mean())
-                row[f'score_{g}'] = score_of_points(int((e.rewards > 0).sum()), int((e.rewards < 0).sum())) if g == 'pong' else score_of_lives(g, life_returns(e))       # Pong's games outlast a stretch
+                row[f'real_reward_{g}'], row[f'score_{g}'] = float(np.sign(e.rewards).mean()), score_of_play(e)
                 row.update({f'{k}_{g}': v for k, v in known_before(agent, e, c.window, stage.seed).items()})
             history.append(row); tell(row)
             save_checkpoint(path, mark, {'tokenizer': agent.tokenizer.state_dict(), 'world': agent.world.state_dict(), 'ppo': ppo.state(), 'history': history, 'curves': curves})

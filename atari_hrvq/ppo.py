@@ -15,9 +15,9 @@ from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, mo
                              symexp, symlog, two_hot)
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'LIVES', 'gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout', 'PPOConfig',
-           'ppo_objective', 'reinforce_objective', 'pmpo_objective', 'standardised', 'spread', 'PPO', 'ReturnCounter',
-           'train_ppo', 'life_returns', 'score_of_points', 'score_of_lives']
+__all__ = ['OBJECTIVES', 'LIVES', 'POINTS', 'gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout',
+           'PPOConfig', 'ppo_objective', 'reinforce_objective', 'pmpo_objective', 'standardised', 'spread', 'PPO',
+           'ReturnCounter', 'train_ppo', 'life_returns', 'score_of_points', 'score_of_lives', 'score_of_play']
 
 # %% ../nbs/09_ppo.ipynb #gae
 def gae(r_TB, v_TB, v_next_TB, terminated_TB, ended_TB, gamma, lam):
@@ -253,6 +253,7 @@ def train_ppo(make_envs, policy, config, total_steps, *, seed=0, horizon=64, chu
 
 # %% ../nbs/09_ppo.ipynb #lives
 LIVES = {'pong': 1, 'breakout': 5, 'ms_pacman': 3}
+POINTS = {'pong': 21}             # a game that goes to so many points, and so outlasts a stretch of play
 
 def life_returns(episodes):
     "Unclipped returns of the lives that were played to their end in an `Episodes`, float [n]."
@@ -272,3 +273,8 @@ def score_of_points(won, lost, n=21):
 def score_of_lives(game, returns):
     "The mean score of a whole game from `returns` of its lives; None if no life came to its end."
     return LIVES[game] * float(np.mean(returns)) if len(returns) else None
+
+def score_of_play(episodes):
+    "The mean score of a whole game, read off a stretch of play (`Episodes`): from its points where the game goes to a number of them, else from its lives."
+    g, r = episodes.game, episodes.rewards
+    return score_of_points(int((r > 0).sum()), int((r < 0).sum()), POINTS[g]) if g in POINTS else score_of_lives(g, life_returns(episodes))

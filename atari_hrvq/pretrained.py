@@ -248,7 +248,7 @@ def ship_agent(run, folder, made, episodes=30):
         write_atomic(new / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in (joined(before, rows) if before else rows)))
         write_json(new / 'claims.json', ledger(rows, config['profile']))
         write_atomic(new / 'README.md', agent_card(new))
-        seal(new, read_json(new / 'manifest.json')['made'])
+        seal(new, made)                                             # again: the films and the card are files too
         if folder.exists(): shutil.rmtree(folder)
         new.rename(folder)
     return folder

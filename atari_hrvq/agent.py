@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .core import (FitConfig, Stage, derive, fingerprint, fit, load_checkpoint, monitor, progress, read_json, require,
-                             rng_for, save_checkpoint, seed_all, write_json)
+from .core import (FitConfig, SHIPPED, Stage, derive, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json, repo_path,
+                             require, rng_for, save_checkpoint, seed_all, write_json)
 from .dream import Contexts, DreamVectorEnv, observation_size, observe
-from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, store_episodes
+from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
 from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, rollout, score_of_play
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
 __all__ = ['Agent', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn',
-           'known_before', 'tell', 'study', 'going_on', 'first_play']
+           'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play', 'shipped_replay', 'remembered']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -196,11 +196,13 @@ def fresh_agent(stage, replay, c, context=8):
     return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer).to(stage.device), context=context)
 
 # %% ../nbs/10_agent.ipynb #loop
-def learn(stage, agent, ppo, replay, c, name='agent'):
+def learn(stage, agent, ppo, replay, c, name='agent', replayed=False):
     """The loop: study, dream, play, remember; `replay` {game: list of Episodes} grows in place. Returns the history of rounds and the curve of the dreams.
 
-    After each round the whole state is a checkpoint and the new episodes are stored as seeds and actions. `agent.real_steps` counts on."""
-    history, curves, games, before = [], [], agent.games, agent.real_steps
+    After each round the whole state is a checkpoint and the new episodes are stored as seeds and actions. `agent.real_steps` counts on;
+    with `replayed` it counts the steps of `replay` already."""
+    history, curves, games = [], [], agent.games
+    before = agent.real_steps - replayed * sum(len(e) for e in next(iter(replay.values())))
     for r in range(c.rounds + 1):
         path, last = stage.checkpoint(f'round-{r}'), r == c.rounds
         mark = fingerprint('loop', {**asdict(c), 'last': c.last if last else 1}, stage.config)      # the rounds before it do not depend on `last`
@@ -214,7 +216,7 @@ def learn(stage, agent, ppo, replay, c, name='agent'):
             curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), desc=f'round {r}: dreaming')
             curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
             tail = curve[-max(1, len(curve) // 5):]
-            row = {'round': r, 'real_steps': before + sum(len(e) for e in next(iter(replay.values()))), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
+            row = {'round': r, **({'replayed': True} if replayed else {}), 'real_steps': before + sum(len(e) for e in next(iter(replay.values()))), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
             episodes = {} if last else play(agent, list(replay), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')
             for g, e in episodes.items():
                 store_episodes(stage, f'{name}-replay-{g}-{r}', e)
@@ -258,9 +260,37 @@ def going_on(c):
     "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it."
     return replace(c, rounds=1, iterations=2 * c.iterations, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
 
+def dreaming_on(c):
+    "The loop for an agent that has learned before and plays nothing new: twice a round's study of the model, eight times its dreams."
+    return replace(c, rounds=0, last=8, first=0, begin_tokenizer=0, begin_world=2 * c.world_steps, begin_lr=c.world_lr)
+
 def first_play(stage, agent, c):
     "What `agent` plays before its first round, as a replay {game: [Episodes]}; stored as seeds and actions, and not played again if it is there."
     names = {g: f'agent-first-{g}' for g in agent.games}
     if not all(f'{n}.safetensors' in stage.index() for n in names.values()):
         for g, e in play(agent, agent.games, c.envs, c.real_steps // c.envs, derive(stage.seed, 'first'), desc='playing before learning').items(): store_episodes(stage, names[g], e)
     return {g: [load_stored(stage, n)] for g, n in names.items()}
+
+# %% ../nbs/10_agent.ipynb #shipped-replay
+def shipped_replay(folder, game):
+    "The `Episodes` of `game` that the agent in `folder` learned from, one a round, oldest first, played again from seeds and actions."
+    path = Path(folder) / 'replay.safetensors'
+    require(path.exists(), f'{folder} holds no replay.safetensors: it was shipped without what it learned from')
+    tree = load_tree(path)
+    require(game in tree, f'the replay in {folder} does not know {game!r}: expected one of {", ".join(tree)}')
+    out = []
+    for i, part in enumerate(tree[game]):
+        e = regenerate(game, part['protocol'], part['seeds'], part['actions'], np.repeat(np.arange(len(part['steps'])), np.asarray(part['steps'])))
+        require(e.hash() == part['hash'], f'part {i} of {game} in {path}, played again, has another hash: the file was altered, or ale-py is not the version that the manifest names')
+        out.append(e)
+    return out
+
+def remembered(stage):
+    "What the shipped agent learned from, as a replay {game: [Episodes]}; stored in the run as if it had been played there, and not regenerated if it is there."
+    replay = {}
+    for g in stage.games:
+        stored = [f'agent-replay-{g}-{i}' for i in range(99) if f'agent-replay-{g}-{i}.safetensors' in stage.index()]
+        if not stored:
+            for i, e in enumerate(shipped_replay(repo_path('pretrained') / SHIPPED['agent'], g)): stored.append(f'agent-replay-{g}-{i}'); store_episodes(stage, stored[-1], e)
+        replay[g] = [load_stored(stage, name) for name in stored]
+    return replay

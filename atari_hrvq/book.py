@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 import atari_hrvq
-from .core import (BookError, GAMES, PROFILES, choices, file_hash, parse_games, read_json, require, write_json)
+from .core import (BookError, GAMES, PROFILES, STARTS, choices, file_hash, parse_games, read_json, require, write_json)
 
 # %% auto #0
 __all__ = ['STAGES', 'PLACES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure',
@@ -268,7 +268,7 @@ def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None,
     Finished chapters whose key and files are unchanged are skipped, unless `first` names them or an earlier one."""
     choices('profile', profile, PROFILES)
     require(seed >= 0, f'seed {seed!r} is not a whole number from 0 on')
-    choices('start', start, ('scratch', 'pretrained'))
+    choices('start', start, STARTS)
     parameters = {'profile': profile, 'games': list(parse_games(games)), 'seed': seed, 'start': start}
     names = [s.name for s in STAGES]
     a, b = names.index(find_stage(first)) if first else 0, names.index(find_stage(last)) if last else len(names) - 1

@@ -35,7 +35,7 @@ def parser():
     r.add_argument('--seeds', help='several, comma-separated: one run each, in RUN/seed-N, and the ledger over them')
     r.add_argument('--on', default='here', help=f'where several seeds run: {", ".join(PLACES)} (default: %(default)s, one after the other; local: all at once)')
     r.add_argument('--slurm', action='append', default=[], metavar='KEY=VALUE', help='a parameter of submitit, such as partition=gpu or gpus_per_node=1 (repeat it)')
-    r.add_argument('--start', default='scratch', help='scratch, or pretrained: train on from the shipped weights (default: %(default)s)')
+    r.add_argument('--start', default='scratch', help='scratch; pretrained: train on from the shipped weights; replay: the same, but the agent plays nothing new and learns on from its shipped replay (default: %(default)s)')
     r.add_argument('--from', dest='first', metavar='CH', help='run from this chapter on, finished or not (04, hrvq or 04_hrvq)')
     r.add_argument('--to', dest='last', metavar='CH', help='stop after this chapter')
     s = sub.add_parser('status', help='what a run has done'); s.add_argument('run', help='the run folder')

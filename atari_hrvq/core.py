@@ -14,9 +14,9 @@ import safetensors.torch as st
 from tqdm.std import tqdm
 
 # %% auto #0
-__all__ = ['PROFILES', 'GAMES', 'monitor', 'MAKERS', 'SHIPPED', 'BookError', 'require', 'choices', 'pick', 'parse_games',
-           'derive', 'rng_for', 'seed_all', 'best_device', 'precision', 'count_parameters', 'symlog', 'symexp',
-           'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic', 'write_json', 'save_tree', 'load_tree',
+__all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'BookError', 'require', 'choices', 'pick',
+           'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'precision', 'count_parameters', 'symlog',
+           'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic', 'write_json', 'save_tree', 'load_tree',
            'file_hash', 'Pretrained', 'load_weights', 'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw',
            'fit', 'fingerprint', 'save_checkpoint', 'load_checkpoint', 'plot_history', 'repo_path',
            'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number', 'Table', 'bootstrap_mean']
@@ -37,6 +37,7 @@ def choices(what, given, known):
 # %% ../nbs/00_core.ipynb #profiles
 PROFILES = ('smoke', 'laptop', 'overnight', 'gpu', 'paper')
 GAMES = ('pong', 'breakout', 'ms_pacman')
+STARTS = ('scratch', 'pretrained', 'replay')
 
 def pick(profile, **by_profile):
     "The value for `profile`; `overnight` falls back to `laptop`'s and `paper` to `gpu`'s."
@@ -389,7 +390,8 @@ class Stage:
     """One chapter's view of a run folder.
 
     `chapter`: the notebook's name. `run`: the folder. `profile`, `games`, `seed`, `start`: the run's configuration, the same for
-    every chapter of it; `start` is 'scratch' or 'pretrained' (train on from the shipped weights), None takes the run's own.
+    every chapter of it; `start` is 'scratch', 'pretrained' (train on from the shipped weights) or 'replay' (the same, but the agent
+    goes on from what it remembers and plays nothing new), None takes the run's own.
     Metrics are kept in memory and written by `done()`, so an interrupted chapter leaves none."""
     parameters = ('run', 'profile', 'games', 'seed', 'start')
 
@@ -404,7 +406,7 @@ class Stage:
         require(isinstance(saved, dict), f'{config_path} is damaged: delete it and run the chapters again')
         made = {'start': 'scratch', **saved} if config_path.exists() else {}
         self.start = start or made.get('start', 'scratch')
-        choices('start', self.start, ('scratch', 'pretrained'))
+        choices('start', self.start, STARTS)
         self.config = {'profile': profile, 'games': list(self.games), 'seed': seed, 'start': self.start}
         if made:
             require(made == self.config, f'{self.folder} was made by another configuration ({made}), not {self.config}: choose another run folder')
@@ -441,7 +443,7 @@ class Stage:
         return cls.from_pretrained(self.path(name), self.device) if cls else load_tree(self.path(f'{name}.safetensors'))
 
     def shipped(self, name, cls, root='pretrained'):
-        "The weights `name` that the book ships, to train on from, if the run starts from 'pretrained'; else None."
+        "The weights `name` that the book ships, to train on from; None if the run starts from 'scratch'."
         if self.start == 'scratch': return None
         folder = repo_path(root) / SHIPPED[name]
         require(folder.exists(), f'{folder} does not exist, so {self.chapter} cannot start from shipped weights: run with start=scratch')

@@ -10,21 +10,20 @@ import numpy as np
 import torch
 from IPython.display import HTML
 from PIL import Image
-from .agent import Agent
+from .agent import Agent, shipped_replay
 from .claims import ledger
 from .core import (BookError, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, read_json, read_metrics, require, rng_for, save_tree, seed_all,
                              write_atomic, write_json)
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
 from .encoder import labels_at, state_fidelity
 from .evaluate import RandomAgent, evaluate
-from .frames import load_stored, regenerate
+from .frames import load_stored
 from .hrvq import Tokenizer
 from .world import WorldModel, tokenise
 
 # %% auto #0
-__all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'shipped_replay', 'halved', 'seal', 'pack', 'compared',
-           'verify', 'score', 'film', 'film_strip', 'fidelity_of_play', 'joined', 'ship_agent', 'loop_seconds',
-           'agent_card']
+__all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'halved', 'seal', 'pack', 'compared', 'verify', 'score',
+           'film', 'film_strip', 'fidelity_of_play', 'joined', 'ship_agent', 'loop_seconds', 'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -49,20 +48,6 @@ def dream_of(agent, codes, actions, game, steps=15, seed=0, temperature=(.5, 0.,
 def pack_replay(parts):
     "A tree to save of `{game: list of Episodes}`: seeds, actions as uint8, steps of each episode, and the hash of all of it."
     return {g: [{'protocol': e.protocol, 'seeds': e.seeds, 'actions': e.actions.astype(np.uint8), 'steps': np.bincount(e.episode, minlength=len(e.seeds)), 'hash': e.hash()} for e in es] for g, es in parts.items()}
-
-# %% ../nbs/14_pretrained.ipynb #replay-again
-def shipped_replay(folder, game):
-    "The `Episodes` of `game` that the agent in `folder` learned from, one a round, oldest first, played again from seeds and actions."
-    path = Path(folder) / 'replay.safetensors'
-    require(path.exists(), f'{folder} holds no replay.safetensors: it was shipped without what it learned from')
-    tree = load_tree(path)
-    require(game in tree, f'the replay in {folder} does not know {game!r}: expected one of {", ".join(tree)}')
-    out = []
-    for i, part in enumerate(tree[game]):
-        e = regenerate(game, part['protocol'], part['seeds'], part['actions'], np.repeat(np.arange(len(part['steps'])), np.asarray(part['steps'])))
-        require(e.hash() == part['hash'], f'part {i} of {game} in {path}, played again, has another hash: the file was altered, or ale-py is not the version that the manifest names')
-        out.append(e)
-    return out
 
 # %% ../nbs/14_pretrained.ipynb #pack
 PARTS = ('tokenizer', 'world', 'policy')
@@ -201,7 +186,7 @@ def fidelity_of_play(tokenizer, parts, kind='mlp', seed=0, steps=1_200):
 def joined(old, new):
     "Rows (dicts) of the curves `rounds` and `dream` in `new`, after those of `old` from which that agent went on; other rows of `new` stay, other rows of `old` go."
     of = lambda rows, curve: [r for r in rows if r.get('curve') == curve]
-    first = min((r['real_steps'] for r in of(new, 'rounds')), default=0)
+    first = min((r['real_steps'] + bool(r.get('replayed')) for r in of(new, 'rounds')), default=0)
     rounds = [r for r in of(old, 'rounds') if r['real_steps'] < first]
     kept = {r['round'] for r in rounds}
     dream = [r for r in of(old, 'dream') if r['round'] in kept]
@@ -228,7 +213,7 @@ def ship_agent(run, folder, made, episodes=30):
         if len(played[g]) > 1: known[g] = fidelity_of_play(agent.tokenizer, played[g], seed=stage.seed)
     contexts = Contexts(codes, agent.games, agent.context)(2 * len(stage.games), rng_for(stage.seed, 'stored dream'))
     steps = {r['name']: r for r in map(json.loads, (run / 'metrics' / '10_agent.jsonl').read_text().splitlines()) if 'name' in r}['real_steps']['value']
-    earlier = read_json(folder / 'manifest.json', {}).get('made') if config.get('start') == 'pretrained' else None
+    earlier = read_json(folder / 'manifest.json', {}).get('made') if config.get('start', 'scratch') != 'scratch' else None
     made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'learned from': replay, 'known from the codes': known}
     if earlier: made['went on from'] = earlier                        # its hashes, hardware and seconds, and what it went on from itself
     with tempfile.TemporaryDirectory() as t:
@@ -237,7 +222,7 @@ def ship_agent(run, folder, made, episodes=30):
         for g in stage.games:
             ours, chance = score(t, g, episodes, derive(stage.seed, 'scores'))
             scores[g] = {**{k: ours[k] for k in ('mean', 'lo', 'hi', 'episodes', 'cut short', 'agent steps')}, 'seed': derive(stage.seed, 'scores'), 'random': chance['mean'], 'random lo': chance['lo'], 'random hi': chance['hi']}
-    before = read_metrics(folder) if config.get('start') == 'pretrained' and (folder / 'metrics.jsonl').exists() else []
+    before = read_metrics(folder) if config.get('start', 'scratch') != 'scratch' and (folder / 'metrics.jsonl').exists() else []
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as staging:         # the old folder stays until the new one is whole
         new = Path(staging) / folder.name
@@ -266,7 +251,7 @@ def agent_card(folder):
     seen = f'What a probe reads from its codes on frames of its last round of play (it learned from the rounds before; 1: exact, 0: no better than the mean), beside the codes of a tokenizer that never learned. Only where the first is clearly above the second did training help:\n\n{Table(known, digits=2)._repr_markdown_()}\n' if known else ''
     badly = [f'{r["variable"]} ({r["game"]})' for r in known if r['R^2 from the codes'] < .5]
     if badly: seen += f'\nIts codes place badly (R^2 below 0.5): {", ".join(badly)}.\n'
-    went_on, replay = made.get('start') == 'pretrained', (folder / 'replay.safetensors').exists()
+    went_on, replay = made.get('start', 'scratch') != 'scratch', (folder / 'replay.safetensors').exists()
     return f"""# {folder.name}
 
     from atari_hrvq.agent import Agent
@@ -285,5 +270,5 @@ Whole games, unclipped, up to 30 no-ops at the start, no sticky actions, actions
 {Table([{'what': k, 'value': str(v)} for k, v in told.items()])._repr_markdown_()}
 
 It has seen these games only, {made['agent steps']:,} agent steps of all together, and was not asked to play with sticky actions. `metrics.jsonl` holds every figure and curve of its training
-and evaluation; the replay it learned from{" since it went on from earlier weights" * went_on} is seeds and actions{": `atari_hrvq.pretrained.shipped_replay` plays it again from `replay.safetensors`" if replay else ", whose hashes are in `manifest.json`"}.
+and evaluation; the replay it learned from{" since it went on from earlier weights" * went_on} is seeds and actions{": `atari_hrvq.agent.shipped_replay` plays it again from `replay.safetensors`" if replay else ", whose hashes are in `manifest.json`"}.
 """

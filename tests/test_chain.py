@@ -55,7 +55,7 @@ def wait_for(condition, seconds=90):
     (['run', '--profile', 'smoke', '--seed', '-1'], 'is not a whole number from 0 on'),
     (['run', '--colour', 'red'], 'unrecognized arguments: --colour red'),
     (['bench', 'luck'], "unknown benchmark 'luck': expected one of frames, encoder, quantizer, dream"),
-    (['run', '--start', 'warm'], "unknown start 'warm': expected one of scratch, pretrained"),
+    (['run', '--start', 'warm'], "unknown start 'warm': expected one of scratch, pretrained, replay"),
     (['verify', 'nowhere'], 'nowhere has no manifest.json: expected a folder that atari-hrvq ship wrote'),
     (['evaluate', 'nowhere', '--game', 'pong'], 'nowhere does not hold an Agent'),
     (['ship', 'agent', '--run', 'nowhere'], 'chapter 10_agent, which makes the agent, is not finished'),

@@ -336,12 +336,12 @@ def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', call
     return history
 
 # %% ../nbs/00_core.ipynb #checkpoint
-def fingerprint(*what):
-    "A hash of `what` (JSON) and of the sources of every module of this package that is loaded."
+def fingerprint(*what, modules=None):
+    "A hash of `what` (JSON) and of the sources of every module of this package that is loaded, or of those named."
     h = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
     for name in sorted(n for n in sys.modules if n.startswith(__package__ or 'atari_hrvq')):
         path = getattr(sys.modules[name], '__file__', None)
-        if path and name.split('.')[-1] not in ('book', 'explore', 'claims'): h.update(Path(path).read_bytes())
+        if path and (name.split('.')[-1] in modules if modules else name.split('.')[-1] not in ('book', 'explore', 'claims')): h.update(Path(path).read_bytes())
     return h.hexdigest()
 
 def save_checkpoint(path, mark, tree): save_tree(path, {'mark': mark, **tree})

@@ -16,7 +16,7 @@ from .core import BookError, Stage, progress, require, rng_for, write_atomic
 from .encoder import fit_probe
 from .frames import ACTIONS, LegalActions, action_mask, load_episodes, state_labels
 from .hrvq import BALL_BOX, Tokenizer, ball_position
-from .world import WorldModel, f1, token_batches, tokenise
+from .world import WorldModel, f1, load_tokens, token_batches
 
 # %% auto #0
 __all__ = ['Contexts', 'observation_size', 'observe', 'DreamVectorEnv', 'DreamEnv', 'make_dream', 'OpenLoop', 'open_loop',
@@ -153,7 +153,7 @@ def make_dream(run, game='pong', horizon=50, render_mode=None):
     stage = Stage('08_dream', Path(run).absolute(), made['profile'], made['games'], made['seed'])
     tokenizer, world = stage.load('tokenizer', Tokenizer), stage.load('world', WorldModel)
     require(game in stage.games, f'{run} holds no {game!r}: expected one of {", ".join(stage.games)}')
-    contexts = Contexts({game: tokenise(tokenizer, load_episodes(stage, game, 'test'))}, list(world.config.games))
+    contexts = Contexts({game: load_tokens(stage, tokenizer, game, 'test')}, list(world.config.games))
     return DreamEnv(world, contexts, game, horizon, tokenizer=tokenizer, render_mode=render_mode)
 
 if 'atari_hrvq/Dream-v0' not in gym.registry: gym.register('atari_hrvq/Dream-v0', entry_point='atari_hrvq.dream:make_dream', disable_env_checker=True)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_encoder.ipynb #imports
 from __future__ import annotations
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from .frames import ACTIONS, load_episodes, screen_positions, state_labels
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Background', 'check_frames', 'cell_size', 'EncoderConfig', 'Encoder', 'CellDecoder', 'PointDecoder',
-           'info_nce', 'cell_nce', 'weighted_error', 'EncoderTraining', 'frame_batches', 'MLPProbe', 'fit_probe',
-           'labels_at', 'r2', 'probe_fidelity', 'state_fidelity', 'embed', 'learned_part', 'temporal_ratio',
-           'diversity', 'state_correlation', 'episode_draws']
+           'info_nce', 'cell_nce', 'weighted_error', 'EncoderTraining', 'frame_batches', 'calibration_draws',
+           'untrained_encoder', 'MLPProbe', 'fit_probe', 'labels_at', 'r2', 'probe_fidelity', 'state_fidelity', 'embed',
+           'learned_part', 'temporal_ratio', 'diversity', 'state_correlation', 'episode_draws']
 
 # %% ../nbs/02_encoder.ipynb #background
 class Background(nn.Module):
@@ -273,6 +273,19 @@ def frame_batches(episodes, size, stack=5):
             frames.append(e.stacks(t + 1, stack)); action.append(e.actions[t]); game.append(np.full(n, i))
         return tuple(torch.from_numpy(np.concatenate(x)) for x in (frames, action, game))
     return batch
+
+# %% ../nbs/02_encoder.ipynb #untrained-encoder
+def calibration_draws(episodes, n, seed, device='cpu', size=96):
+    "`n` batches for `Encoder.calibrate`: frames uint8 [size, 4, 84, 84] and game int64 [size], equal numbers of each game."
+    draws = (frame_batches(episodes, size)(rng_for(seed, 'calibrate', k)) for k in range(n))
+    return [(frames[:, 1:].to(device), game.to(device)) for frames, _, game in draws]
+
+def untrained_encoder(like, draws, seed=0):
+    "An `Encoder` as big as `like` that learned nothing, without the part that counts; the same background, calibrated on `draws`, or the null would be too weak."
+    torch.manual_seed(seed)
+    encoder = Encoder(replace(like.config, where=0)).to(next(like.parameters()).device)
+    encoder.background.load_state_dict(like.background.state_dict())
+    return encoder.calibrate(draws)
 
 # %% ../nbs/02_encoder.ipynb #probe
 class MLPProbe(nn.Module):

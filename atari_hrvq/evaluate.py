@@ -4,7 +4,8 @@
 
 # %% ../nbs/11_evaluate.ipynb #imports
 from __future__ import annotations
-import io
+import io, os
+import joblib
 import numpy as np
 import torch
 from PIL import Image
@@ -16,7 +17,7 @@ from .ppo import ActorCritic, gae, sample
 # %% auto #0
 __all__ = ['RANDOM_SCORE', 'HUMAN_SCORE', 'human_normalised', 'iqm', 'bootstrap_interval', 'bootstrap_difference',
            'steps_to_reach', 'evaluate', 'check_full_game', 'realised', 'value_calibration', 'RandomAgent',
-           'PolicyAgent', 'record_video']
+           'PolicyAgent', 'tournament', 'record_video']
 
 # %% ../nbs/11_evaluate.ipynb #hns
 RANDOM_SCORE = {'pong': -20.7, 'breakout': 1.7, 'ms_pacman': 307.3}
@@ -125,6 +126,22 @@ class PolicyAgent:
         logits, value = self.policy(torch.as_tensor(frames, device=self.device), self.mask)
         self.last_value = value.cpu().numpy()
         return (logits.argmax(-1) if greedy else sample(logits, self.generator)).cpu().numpy()
+
+# %% ../nbs/11_evaluate.ipynb #tournament
+def _match(agent, game, episodes, seed, greedy, max_steps):
+    "`evaluate` in a process of its own: one thread, and no bar beside the one of the parent."
+    os.environ['ATARI_HRVQ_PROGRESS'] = os.devnull
+    torch.set_num_threads(1)
+    return evaluate(agent, game, episodes, seed, greedy, max_steps)
+
+def tournament(matches, episodes, seed=0, workers=1):
+    """What `evaluate` gives for each of `matches`, {key: (agent, game, greedy, max_steps)}, under the same keys.
+
+    `workers` processes (0: one a core; 1: in place) play a match at a time each; a match is the same wherever it is played."""
+    workers, arguments = workers or os.cpu_count(), [(a, g, episodes, seed, greedy, most) for a, g, greedy, most in matches.values()]
+    if workers == 1: return {k: evaluate(*a, desc=', '.join(map(str, np.atleast_1d(k)))) for k, a in zip(matches, arguments, strict=True)}
+    played = joblib.Parallel(workers, return_as='generator')(joblib.delayed(_match)(*a) for a in arguments)
+    return dict(zip(matches, progress(played, 'evaluating', len(arguments)), strict=True))
 
 # %% ../nbs/11_evaluate.ipynb #video
 def record_video(agent, game, path, seed=0, steps=300, scale=2, every=2, greedy=False):

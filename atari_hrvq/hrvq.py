@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from .core import FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, progress, require, rng_for, seed_all
-from .encoder import CellDecoder, Encoder, EncoderConfig, cell_size, check_frames, embed, frame_batches, labels_at, state_fidelity, weighted_error
+from .encoder import CellDecoder, Encoder, EncoderConfig, calibration_draws, cell_size, check_frames, embed, frame_batches, labels_at, state_fidelity, untrained_encoder, weighted_error
 from .frames import load_episodes, state_labels
 from .vq import VectorQuantizer, assign, residual_pass, start_levels, usage
 

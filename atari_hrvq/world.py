@@ -4,7 +4,7 @@
 
 # %% ../nbs/07_world.ipynb #imports
 from __future__ import annotations
-import shutil
+import hashlib, shutil
 from dataclasses import dataclass
 from types import MethodType
 from typing import NamedTuple
@@ -12,15 +12,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, fit, require, rng_for, reward_bins, symexp, symlog, two_hot
+from .core import (BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, fingerprint, fit, load_checkpoint, require, rng_for, reward_bins,
+                             save_checkpoint, symexp, symlog, two_hot)
 from .frames import ACTIONS, episode_windows, load_episodes
 from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
-__all__ = ['Tokens', 'tokenise', 'token_batches', 'rope_angles', 'rotate', 'rope', 'RMSNorm', 'WorldConfig', 'Block',
-           'LevelHeads', 'choose', 'uniform', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step', 'WorldModel',
-           'fill_rings', 'advance', 'token_accuracy', 'f1']
+__all__ = ['Tokens', 'tokenise', 'load_tokens', 'token_batches', 'rope_angles', 'rotate', 'rope', 'RMSNorm', 'WorldConfig',
+           'Block', 'LevelHeads', 'choose', 'uniform', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step',
+           'WorldModel', 'fill_rings', 'advance', 'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -43,6 +44,16 @@ def tokenise(tokenizer, episodes):
     codes = torch.cat([tokenizer.encode(torch.from_numpy(episodes.frames[i:i + 512, None])).cpu() for i in range(0, len(episodes), 512)])
     t = torch.from_numpy
     return Tokens(codes, t(episodes.actions), t(episodes.rewards), t(episodes.terminated | episodes.truncated | episodes.life_lost), t(episodes.episode))
+
+def load_tokens(stage, tokenizer, game, split='train'):
+    "The `Tokens` of chapter 1's episodes; encoded once for a tokenizer and kept in the run's cache."
+    episodes, path = load_episodes(stage, game, split), stage.folder / 'cache' / f'tokens-{game}-{split}.safetensors'
+    weights = hashlib.sha256(b''.join(v.cpu().numpy().tobytes() for v in tokenizer.state_dict().values())).hexdigest()
+    mark = fingerprint(weights, stage.index()[f'frames-{game}-{split}.safetensors']['sha256'], modules=('core', 'frames', 'encoder', 'vq', 'hrvq', 'world'))
+    if saved := load_checkpoint(path, mark): return Tokens(**{k: v for k, v in saved.items() if k != 'mark'})
+    tokens = tokenise(tokenizer, episodes)
+    save_checkpoint(path, mark, vars(tokens))
+    return tokens
 
 def token_batches(data, size, length, recent=None):
     """A function of `rng` that draws windows, equal numbers of each game: `(codes, actions, rewards, done, game, following, known)`.

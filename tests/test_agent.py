@@ -4,13 +4,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from atari_hrvq import agent as module
+from atari_hrvq import agent as module, world as world_module
 from atari_hrvq.agent import Agent, LoopConfig, dreaming_on, first_play, fresh_agent, going_on, head, learn, play, remembered, replay_frames
 from atari_hrvq.core import BookError, Stage, load_tree, save_tree
-from atari_hrvq.frames import LEGAL, RandomPolicy, collect, load_stored
+from atari_hrvq.frames import LEGAL, RandomPolicy, collect, load_stored, store_episodes
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.ppo import PPO
-from atari_hrvq.world import WorldModel
+from atari_hrvq.world import WorldModel, load_tokens, tokenise
 
 GAMES = ('pong', 'breakout')
 LOOP = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, tokenizer_steps=2, frames=8, dreams=6, horizon=4, batch=4, window=5)
@@ -171,3 +171,15 @@ def test_bad_input(parts, tmp_path):
     other.quantizer.start(torch.randn(500, 8))
     with pytest.raises(BookError, match='load the two that belong together'): Agent(other, agent.world, agent.policy)
     with pytest.raises(BookError, match='does not hold an Agent'): Agent.from_pretrained(tmp_path)
+
+
+def test_tokens_are_encoded_once_a_tokenizer(parts, tmp_path, monkeypatch):
+    stage, tokenizer, calls = Stage('07_world', tmp_path, 'smoke', GAMES, 0), copy.deepcopy(parts[0]), []
+    store_episodes(stage, 'frames-pong-test', parts[1]['pong'])
+    monkeypatch.setattr(world_module, 'tokenise', lambda t, e: calls.append(1) or tokenise(t, e))
+    first, again = (load_tokens(stage, tokenizer, 'pong', 'test') for _ in range(2))
+    expected = tokenise(tokenizer, parts[1]['pong'])
+    assert len(calls) == 1 and all(torch.equal(v, vars(again)[k]) and torch.equal(v, vars(expected)[k]) and v.dtype == vars(expected)[k].dtype for k, v in vars(first).items())
+    with torch.no_grad(): next(tokenizer.parameters()).add_(.1)
+    load_tokens(stage, tokenizer, 'pong', 'test')
+    assert len(calls) == 2

@@ -4,13 +4,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from atari_hrvq.core import BookError
-from atari_hrvq.evaluate import RandomAgent, bootstrap_difference, bootstrap_interval, check_full_game, evaluate, human_normalised, iqm, realised, steps_to_reach, value_calibration
+from atari_hrvq.evaluate import RandomAgent, bootstrap_difference, bootstrap_interval, check_full_game, evaluate, human_normalised, iqm, realised, steps_to_reach, tournament, value_calibration
 from atari_hrvq.frames import make_env
 
 
 def test_same_seed_same_games_and_other_seed_other_games():
     a, b, c = (evaluate(RandomAgent(), 'ms_pacman', 2, seed=s, max_steps=120) for s in (1, 1, 2))
     assert a == b != c
+
+
+def test_a_match_is_the_same_wherever_it_is_played():
+    matches = {(name, g): (RandomAgent(), g, False, n) for g in ('pong', 'breakout') for name, n in (('short', 20), ('long', 40))}
+    here, there = tournament(matches, 2, seed=5), tournament(matches, 2, seed=5, workers=2)
+    assert list(here) == list(there) == list(matches) and here == there
+    assert here['long', 'pong'] == evaluate(RandomAgent(), 'pong', 2, seed=5, max_steps=40) and [e['steps'] for e in there['short', 'pong']] == [20, 20]
 
 
 def test_a_whole_game_of_breakout_is_five_lives_unclipped():

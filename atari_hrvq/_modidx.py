@@ -40,6 +40,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                   'atari_hrvq.agent.join_tokens': ('agent.html#join_tokens', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.known_before': ('agent.html#known_before', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.learn': ('agent.html#learn', 'atari_hrvq/agent.py'),
+                                  'atari_hrvq.agent.packed_replay': ('agent.html#packed_replay', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.play': ('agent.html#play', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.remembered': ('agent.html#remembered', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.replay_frames': ('agent.html#replay_frames', 'atari_hrvq/agent.py'),

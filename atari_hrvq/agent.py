@@ -19,7 +19,8 @@ from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
 __all__ = ['Agent', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn',
-           'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play', 'shipped_replay', 'remembered']
+           'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play', 'packed_replay', 'shipped_replay',
+           'remembered']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -272,25 +273,29 @@ def first_play(stage, agent, c):
     return {g: [load_stored(stage, n)] for g, n in names.items()}
 
 # %% ../nbs/10_agent.ipynb #shipped-replay
-def shipped_replay(folder, game):
-    "The `Episodes` of `game` that the agent in `folder` learned from, one a round, oldest first, played again from seeds and actions."
+def packed_replay(folder, game):
+    "`(path, parts)`: the file with what the agent in `folder` learned from, and the parts of `game` in it as they were packed, one a round, oldest first."
     path = Path(folder) / 'replay.safetensors'
     require(path.exists(), f'{folder} holds no replay.safetensors: it was shipped without what it learned from')
     tree = load_tree(path)
     require(game in tree, f'the replay in {folder} does not know {game!r}: expected one of {", ".join(tree)}')
-    out = []
-    for i, part in enumerate(tree[game]):
+    return path, tree[game]
+
+def shipped_replay(folder, game):
+    "The `Episodes` of `game` that the agent in `folder` learned from, one a round, oldest first, played again from seeds and actions."
+    out, (path, parts) = [], packed_replay(folder, game)
+    for i, part in enumerate(parts):
         e = regenerate(game, part['protocol'], part['seeds'], part['actions'], np.repeat(np.arange(len(part['steps'])), np.asarray(part['steps'])))
         require(e.hash() == part['hash'], f'part {i} of {game} in {path}, played again, has another hash: the file was altered, or ale-py is not the version that the manifest names')
         out.append(e)
     return out
 
 def remembered(stage):
-    "What the shipped agent learned from, as a replay {game: [Episodes]}; stored in the run as if it had been played there, and not regenerated if it is there."
-    replay = {}
+    "What the shipped agent learned from, as a replay {game: [Episodes]}; stored in the run as if it had been played there, and not regenerated if all of it is there."
+    folder, replay = repo_path('pretrained') / SHIPPED['agent'], {}
     for g in stage.games:
-        stored = [f'agent-replay-{g}-{i}' for i in range(99) if f'agent-replay-{g}-{i}.safetensors' in stage.index()]
-        if not stored:
-            for i, e in enumerate(shipped_replay(repo_path('pretrained') / SHIPPED['agent'], g)): stored.append(f'agent-replay-{g}-{i}'); store_episodes(stage, stored[-1], e)
-        replay[g] = [load_stored(stage, name) for name in stored]
+        names = [f'agent-replay-{g}-{i}' for i in range(len(packed_replay(folder, g)[1]))]
+        if not all(f'{n}.safetensors' in stage.index() for n in names):
+            for n, e in zip(names, shipped_replay(folder, g), strict=True): store_episodes(stage, n, e)
+        replay[g] = [load_stored(stage, n) for n in names]
     return replay

@@ -135,11 +135,11 @@ def _match(agent, game, episodes, seed, greedy, max_steps):
     return evaluate(agent, game, episodes, seed, greedy, max_steps)
 
 def tournament(matches, episodes, seed=0, workers=1):
-    """What `evaluate` gives for each of `matches`, {key: (agent, game, greedy, max_steps)}, under the same keys.
+    """What `evaluate` gives for each of `matches`, {(player, game): (agent, game, greedy, max_steps)}, under the same keys.
 
     `workers` processes (0: one a core; 1: in place) play a match at a time each; a match is the same wherever it is played."""
     workers, arguments = workers or os.cpu_count(), [(a, g, episodes, seed, greedy, most) for a, g, greedy, most in matches.values()]
-    if workers == 1: return {k: evaluate(*a, desc=', '.join(map(str, np.atleast_1d(k)))) for k, a in zip(matches, arguments, strict=True)}
+    if workers == 1: return {k: evaluate(*a, desc=', '.join(k)) for k, a in zip(matches, arguments, strict=True)}
     played = joblib.Parallel(workers, return_as='generator')(joblib.delayed(_match)(*a) for a in arguments)
     return dict(zip(matches, progress(played, 'evaluating', len(arguments)), strict=True))
 

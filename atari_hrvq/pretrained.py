@@ -202,18 +202,19 @@ def ship_agent(run, folder, made, episodes=30):
     run, folder = Path(run).absolute(), Path(folder)
     config = read_json(run / 'run.json', {})
     require((run / 'stages' / '10_agent.json').exists(), f'chapter 10_agent, which makes the agent, is not finished in {run}: run it to its end first')
+    went_on = config.get('start', 'scratch') != 'scratch'                # from earlier weights, whose record goes before
     stage = Stage('11_evaluate', run, config['profile'], config['games'], config['seed'])
     agent, replay, codes, played, known = stage.load('agent', Agent), {}, {}, {}, {}
     for g in stage.games:
         parts = sorted((f for f in stage.index() if f.startswith(f'agent-replay-{g}-')), key=lambda f: int(f.split('-')[-1].split('.')[0]))
         first = [f for f in stage.index() if f == f'agent-first-{g}.safetensors']
-        random = [f'frames-{g}-train.safetensors'] if config.get('start', 'scratch') == 'scratch' else []
+        random = [f'frames-{g}-train.safetensors'] if not went_on else []
         replay[g], played[g] = {f: stage.index()[f]['sha256'] for f in random + first + parts}, [load_stored(stage, f.removesuffix('.safetensors')) for f in first + parts]
         codes[g] = tokenise(agent.tokenizer, played[g][-1])
         if len(played[g]) > 1: known[g] = fidelity_of_play(agent.tokenizer, played[g], seed=stage.seed)
     contexts = Contexts(codes, agent.games, agent.context)(2 * len(stage.games), rng_for(stage.seed, 'stored dream'))
     steps = {r['name']: r for r in map(json.loads, (run / 'metrics' / '10_agent.jsonl').read_text().splitlines()) if 'name' in r}['real_steps']['value']
-    earlier = read_json(folder / 'manifest.json', {}).get('made') if config.get('start', 'scratch') != 'scratch' else None
+    earlier = read_json(folder / 'manifest.json', {}).get('made') if went_on else None
     made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'learned from': replay, 'known from the codes': known}
     if earlier: made['went on from'] = earlier                        # its hashes, hardware and seconds, and what it went on from itself
     with tempfile.TemporaryDirectory() as t:
@@ -222,7 +223,7 @@ def ship_agent(run, folder, made, episodes=30):
         for g in stage.games:
             ours, chance = score(t, g, episodes, derive(stage.seed, 'scores'))
             scores[g] = {**{k: ours[k] for k in ('mean', 'lo', 'hi', 'episodes', 'cut short', 'agent steps')}, 'seed': derive(stage.seed, 'scores'), 'random': chance['mean'], 'random lo': chance['lo'], 'random hi': chance['hi']}
-    before = read_metrics(folder) if config.get('start', 'scratch') != 'scratch' and (folder / 'metrics.jsonl').exists() else []
+    before = read_metrics(folder) if went_on and (folder / 'metrics.jsonl').exists() else []
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as staging:         # the old folder stays until the new one is whole
         new = Path(staging) / folder.name

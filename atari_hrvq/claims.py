@@ -50,8 +50,8 @@ CLAIMS = [Claim(*c) for c in (
 
 # %% ../nbs/12_claims.ipynb #verdict
 def verdict(claim, value, interval=None, null=None, profile='gpu', decisive=False):
-    "The verdict on `claim` by the rule above. `value`, `null`: numbers or None; `interval`: `(lo, hi)` or None."
-    if value is None or claim.figure is None and not decisive: return 'open'
+    "The verdict on `claim` by the rule above. `value`, `null`: numbers or None; `interval`: `(lo, hi)` or None; `decisive`: what the note says, None where it says that too little was measured."
+    if value is None or decisive is None or claim.figure is None and not decisive: return 'open'
     if claim.figure is None: return {1.: 'reproduced', 0.: 'refuted'}.get(float(value), 'open')                   # seeds that disagree decide nothing
     reaches = lambda x: x is not None and claim.better * x >= claim.better * claim.figure - 1e-9 * abs(claim.figure)
     if not reaches(value): return 'refuted' if decisive or profile in ('gpu', 'paper') else 'open'
@@ -78,7 +78,8 @@ def ledger(rows, profile):
     for c in CLAIMS:
         r = claim_row(found.get(c.id, []))
         interval = [r['lo'], r['hi']] if r.get('lo') is not None and r.get('hi') is not None else None
-        decisive, made = str(r.get('note') or '').startswith('decisive'), r.get('profile', profile) if r else None
+        note, made = str(r.get('note') or ''), r.get('profile', profile) if r else None
+        decisive = None if note.startswith('too few') else note.startswith('decisive')
         table.append({'id': c.id, 'claim': c.claim, 'original': c.original, 'ours': r.get('value'), 'interval': interval, 'null': r.get('null'),
                       'verdict': verdict(c, r.get('value'), interval, r.get('null'), made or profile, decisive), 'profile': made, 'seeds': r.get('seeds'), 'frames': r.get('frames'),
                       'chapter': r.get('chapter', c.chapter), 'cell': r.get('cell')})
@@ -135,7 +136,7 @@ def ledger_over(folders):
     for c in CLAIMS:
         each = [claim_row([r for r in metrics if r.get('claim') == c.id]) for metrics in found]
         if not all(each): continue
-        values, nulls = [r['value'] for r in each], [r.get('null') for r in each]
-        rows.append({**each[0], 'game': None, 'value': sum(values) / len(each), 'lo': min(values), 'hi': max(values), 'null': None if None in nulls else sum(nulls) / len(each), 'seeds': sum(r.get('seeds') or 1 for r in each),
-                     'note': each[0].get('note') if all(str(r.get('note')).startswith('decisive') for r in each) else ''})
+        values, nulls, notes, seeds = [r['value'] for r in each], [r.get('null') for r in each], [str(r.get('note')) for r in each], sum(r.get('seeds') or 1 for r in each)
+        said = all(n.startswith('decisive') for n in notes) or seeds < 3 and notes[0].startswith('too few')
+        rows.append({**each[0], 'game': None, 'value': sum(values) / len(each), 'lo': min(values), 'hi': max(values), 'null': None if None in nulls else sum(nulls) / len(each), 'seeds': seeds, 'note': notes[0] if said else ''})
     return ledger(rows, made[0]['profile'])

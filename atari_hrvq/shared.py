@@ -124,7 +124,7 @@ class MotionCodes(nn.Module):
         super().__init__()
         self.codes, self.grid, side = codes, grid, int(codes ** .5) + 1
         self.register_buffer('columns', torch.full((games, 7, side), torch.inf))              # cuts between columns
-        self.register_buffer('rows', torch.full((games, 7, side + 1, codes), torch.inf))      # cuts between rows, for each column
+        self.register_buffer('rows', torch.full((games, 7, side + 1, side), torch.inf))       # cuts between rows, for each column
         self.register_buffer('first', torch.zeros(7, side + 1, dtype=torch.long))             # first code of each column
         self.register_buffer('measured', torch.tensor(False))
 

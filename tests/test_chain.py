@@ -222,6 +222,8 @@ def test_ledger_is_whole_after_any_number_of_chapters():
         assert list(table[2]) == ['id', 'claim', 'original', 'ours', 'interval', 'null', 'verdict', 'profile', 'seeds', 'frames', 'chapter', 'cell']
     assert ledger([{**rows[0], 'note': 'decisive: counted'}], 'smoke')[2]['verdict'] == 'refuted'
     assert ledger([], 'smoke')[2]['ours'] is None
+    good = {**rows[0], 'value': .9, 'null': .1}
+    assert ledger([good], 'smoke')[2]['verdict'] == 'reproduced' and ledger([{**good, 'note': 'too few seeds to decide: a gain'}], 'gpu')[2]['verdict'] == 'open'
 
 
 def test_outputs_that_are_copied(tmp_path, monkeypatch):

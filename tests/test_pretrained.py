@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from atari_hrvq.agent import Agent
-from atari_hrvq.core import BookError, load_tree, save_tree
+from atari_hrvq.core import BookError, load_tree, repo_path, save_tree
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.frames import RandomPolicy, ReadingPolicy, collect
 from atari_hrvq.pretrained import compared, dream_of, fidelity_of_play, film, film_strip, pack, score, shipped_replay, verify
@@ -102,6 +102,10 @@ def test_scores_stand_beside_random_play_and_what_was_shipped(folder):
     rows = score(folder, 'pong', 2, max_steps=30)
     assert [r['player'] for r in rows] == ['toy', 'random play', 'as shipped']
     assert all(r['cut short'] == 2 and r['agent steps'] == 60 and r['frames'] == 240 for r in rows[:2]) and rows[2]['mean'] == -20.
+
+
+def test_all_that_is_shipped_stays_small():
+    assert sum(f.stat().st_size for f in repo_path('pretrained').rglob('*.safetensors')) < 40e6
 
 
 def test_packing_again_replaces_the_folder(folder):

@@ -19,8 +19,8 @@ from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
 __all__ = ['Agent', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn',
-           'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play', 'packed_replay', 'shipped_replay',
-           'remembered']
+           'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play', 'packed_replay', 'shipped_part',
+           'shipped_replay', 'remembered']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -119,15 +119,17 @@ def join_tokens(parts):
     return Tokens(**cat, episode=torch.cat([p.episode + int(o) for p, o in zip(parts, offset, strict=False)]))
 
 # %% ../nbs/10_agent.ipynb #improve
-def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), desc='dreaming'):
-    "Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, of all and of each game, PPO's metrics)."
+def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, desc='dreaming'):
+    """Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, of all and of each game, PPO's metrics).
+    With `falling` the learning rate falls linearly to zero."""
     envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True)
-    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, desc, asdict(ppo.config)), 0, []
+    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, desc, asdict(ppo.config), agent.policy.config.mix), 0, []
     saved = load_checkpoint(checkpoint, mark)
     if saved: ppo.load_state(saved['ppo']); first, history = saved['step'], saved['history']
     clock = time.time()
     for k in progress(range(first, iterations), desc, iterations - first):
         seed_all(seed, desc, k)
+        if falling: ppo.opt.param_groups[0]['lr'] = ppo.config.lr * (1 - k / iterations)
         generator = torch.Generator().manual_seed(derive(seed, desc, k))
         lived = rollout(envs, agent.policy, horizon, envs.reset(seed=derive(seed, desc, k) % 2**31), generator)
         metrics = ppo.update(lived, generator)
@@ -160,6 +162,7 @@ class LoopConfig:
     world_lr: float = 5e-4    # after the beginning
     begin_lr: float = 1e-3
     tokenizer_lr: float = 5e-4  # after the beginning, where it is four times that
+    mix: float = .01          # share of a uniform choice among the legal actions in the policy
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
 
 # %% ../nbs/10_agent.ipynb #replay
@@ -197,13 +200,13 @@ def fresh_agent(stage, replay, c, context=8):
     return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer).to(stage.device), context=context)
 
 # %% ../nbs/10_agent.ipynb #loop
-def learn(stage, agent, ppo, replay, c, name='agent', replayed=False):
+def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     """The loop: study, dream, play, remember; `replay` {game: list of Episodes} grows in place. Returns the history of rounds and the curve of the dreams.
 
     After each round the whole state is a checkpoint and the new episodes are stored as seeds and actions. `agent.real_steps` counts on;
-    with `replayed` it counts the steps of `replay` already."""
-    history, curves, games = [], [], agent.games
-    before = agent.real_steps - replayed * sum(len(e) for e in next(iter(replay.values())))
+    `known` steps a game of `replay` are in it already. In the last round the learning rate of PPO falls to zero."""
+    history, curves, games, agent.policy.config.mix = [], [], agent.games, c.mix
+    steps, before = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known
     for r in range(c.rounds + 1):
         path, last = stage.checkpoint(f'round-{r}'), r == c.rounds
         mark = fingerprint('loop', {**asdict(c), 'last': c.last if last else 1}, stage.config)      # the rounds before it do not depend on `last`
@@ -213,11 +216,11 @@ def learn(stage, agent, ppo, replay, c, name='agent', replayed=False):
             ppo.load_state(saved['ppo']); history, curves = saved['history'], saved['curves']
             episodes = {} if last else {g: load_stored(stage, f'{name}-replay-{g}-{r}') for g in replay}
         else:
-            data, recent = study(stage, agent, replay, c, r)
-            curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), desc=f'round {r}: dreaming')
+            data, recent = study(stage, agent, replay, c, r, fed=steps() > known)
+            curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), falling=last, desc=f'round {r}: dreaming')
             curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
             tail = curve[-max(1, len(curve) // 5):]
-            row = {'round': r, **({'replayed': True} if replayed else {}), 'real_steps': before + sum(len(e) for e in next(iter(replay.values()))), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
+            row = {'round': r, **({} if steps() > known else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
             episodes = {} if last else play(agent, list(replay), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')
             for g, e in episodes.items():
                 store_episodes(stage, f'{name}-replay-{g}-{r}', e)
@@ -244,14 +247,14 @@ def tell(row):
     "One line about a round that is over."
     print(f'round {row["round"]}: {row["real_steps"]} real steps a game before it; reward a step: ' + ', '.join(f'{k[13:]} dreamt {v:+.4f}, real ' + (f'{row[f"real_reward_{k[13:]}"]:+.4f}' if f'real_reward_{k[13:]}' in row else 'not played') for k, v in row.items() if k.startswith('dream_reward_')), flush=True)
 
-def study(stage, agent, replay, c, r):
-    "Tokenizer and world model learn from `replay` before the dreams of round `r`; returns the replay as `{game: Tokens}` and where its newest part begins."
+def study(stage, agent, replay, c, r, fed=True):
+    "Tokenizer and world model learn from `replay` before the dreams of round `r`; returns the replay as `{game: Tokens}` and, if it was `fed` a new part, where that begins."
     seed = derive(stage.seed, 'study', r)
     if r and c.tokenizer_steps:
         fit(agent.tokenizer, replay_frames(replay, agent.games, c.frames), FitConfig(c.tokenizer_steps, lr=c.tokenizer_lr), seed=seed, checkpoint=stage.checkpoint(f'tokenizer-{r}'), desc=f'round {r}: learning to see')
         agent.world.follow(agent.tokenizer)
     data = {g: join_tokens([tokenise(agent.tokenizer, e) for e in parts]) for g, parts in replay.items()}
-    recent = {g: len(data[g]) - len(parts[-1]) for g, parts in replay.items()} if r else None
+    recent = {g: len(data[g]) - len(parts[-1]) for g, parts in replay.items()} if fed and len(next(iter(replay.values()))) > 1 else None
     if steps := c.world_steps if r else c.begin_world:
         fit(agent.world, token_batches(data, c.batch, c.window, recent), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
     return data, recent
@@ -262,15 +265,15 @@ def going_on(c):
     return replace(c, rounds=1, iterations=2 * c.iterations, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
 
 def dreaming_on(c):
-    "The loop for an agent that has learned before and plays nothing new: twice a round's study of the model, eight times its dreams."
-    return replace(c, rounds=0, last=8, first=0, begin_tokenizer=0, begin_world=2 * c.world_steps, begin_lr=c.world_lr)
+    "The loop for an agent that has learned before and plays nothing new: its model stays as it is, and it dreams four times as long as in a round."
+    return replace(c, rounds=0, last=4, first=0, begin_tokenizer=0, begin_world=0)
 
 def first_play(stage, agent, c):
-    "What `agent` plays before its first round, as a replay {game: [Episodes]}; stored as seeds and actions, and not played again if it is there."
+    "What `agent` plays before its first round, {game: Episodes}; stored as seeds and actions, and not played again if it is there."
     names = {g: f'agent-first-{g}' for g in agent.games}
     if not all(f'{n}.safetensors' in stage.index() for n in names.values()):
         for g, e in play(agent, agent.games, c.envs, c.real_steps // c.envs, derive(stage.seed, 'first'), desc='playing before learning').items(): store_episodes(stage, names[g], e)
-    return {g: [load_stored(stage, n)] for g, n in names.items()}
+    return {g: load_stored(stage, n) for g, n in names.items()}
 
 # %% ../nbs/10_agent.ipynb #shipped-replay
 def packed_replay(folder, game):
@@ -281,21 +284,26 @@ def packed_replay(folder, game):
     require(game in tree, f'the replay in {folder} does not know {game!r}: expected one of {", ".join(tree)}')
     return path, tree[game]
 
+def shipped_part(path, game, i, part):
+    "The `Episodes` of part `i` of `game` in the file at `path`, played again from its seeds and actions."
+    e = regenerate(game, part['protocol'], part['seeds'], part['actions'], np.repeat(np.arange(len(part['steps'])), np.asarray(part['steps'])))
+    require(e.hash() == part['hash'], f'part {i} of {game} in {path}, played again, has another hash: the file was altered, or ale-py is not the version that the manifest names')
+    return e
+
 def shipped_replay(folder, game):
     "The `Episodes` of `game` that the agent in `folder` learned from, one a round, oldest first, played again from seeds and actions."
-    out, (path, parts) = [], packed_replay(folder, game)
-    for i, part in enumerate(parts):
-        e = regenerate(game, part['protocol'], part['seeds'], part['actions'], np.repeat(np.arange(len(part['steps'])), np.asarray(part['steps'])))
-        require(e.hash() == part['hash'], f'part {i} of {game} in {path}, played again, has another hash: the file was altered, or ale-py is not the version that the manifest names')
-        out.append(e)
-    return out
+    path, parts = packed_replay(folder, game)
+    return [shipped_part(path, game, i, part) for i, part in enumerate(parts)]
 
-def remembered(stage):
-    "What the shipped agent learned from, as a replay {game: [Episodes]}; stored in the run as if it had been played there, and not regenerated if all of it is there."
+def remembered(stage, newest=None):
+    "What the shipped agent learned from, as a replay {game: [Episodes]}: all of it, or the last parts with at least `newest` steps a game; stored in the run, and not regenerated if it is there."
     folder, replay = repo_path('pretrained') / SHIPPED['agent'], {}
     for g in stage.games:
-        names = [f'agent-replay-{g}-{i}' for i in range(len(packed_replay(folder, g)[1]))]
-        if not all(f'{n}.safetensors' in stage.index() for n in names):
-            for n, e in zip(names, shipped_replay(folder, g), strict=True): store_episodes(stage, n, e)
-        replay[g] = [load_stored(stage, n) for n in names]
+        path, packed = packed_replay(folder, g)
+        n = len(packed) if newest is None else int(np.searchsorted(np.cumsum([len(p['actions']) for p in packed[::-1]]), newest)) + 1 if newest else 0
+        names = {i: f'agent-old-{g}-{i}' for i in range(max(0, len(packed) - n), len(packed))}
+        for i, name in names.items():
+            if f'{name}.safetensors' not in stage.index(): store_episodes(stage, name, shipped_part(path, g, i, packed[i]))
+        replay[g] = [load_stored(stage, name) for name in names.values()]
     return replay
+

@@ -15,7 +15,7 @@ from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, mo
                              symexp, symlog, two_hot)
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'LIVES', 'POINTS', 'gae', 'ActorCriticConfig', 'ActorCritic', 'Rollout', 'sample', 'rollout',
+__all__ = ['OBJECTIVES', 'LIVES', 'POINTS', 'gae', 'ActorCriticConfig', 'mixed', 'ActorCritic', 'Rollout', 'sample', 'rollout',
            'PPOConfig', 'ppo_objective', 'reinforce_objective', 'pmpo_objective', 'standardised', 'spread', 'PPO',
            'ReturnCounter', 'train_ppo', 'life_returns', 'score_of_points', 'score_of_lives', 'score_of_play']
 
@@ -37,7 +37,14 @@ class ActorCriticConfig:
     actions: int = 18
     hidden: int = 256
     norm: bool = True              # of a vector's entries, before anything else; not for a few numbers whose size is what matters
+    mix: float = 0.                # share of a uniform choice among the legal actions in the policy, so that none of them dies out
     bins: int = 0                  # of the critic: 0 for one number, else (odd) for a symexp two-hot distribution over so many
+
+def mixed(logits_NA, share):
+    "Log-probabilities [N, A] of the policy with these logits, `share` of which is replaced by a uniform choice among the legal actions (Hafner et al., 2023); illegal ones stay at -1e9."
+    legal = logits_NA > -1e8
+    p = (1 - share) * logits_NA.softmax(-1) + share * legal / legal.sum(-1, keepdim=True)
+    return torch.where(legal, p, 1.).log().masked_fill(~legal, -1e9)
 
 class ActorCritic(Pretrained):
     """`forward(obs [N, *obs_shape], action_mask [N, A] or None) -> (logits [N, A], value [N])`; pictures are uint8. With `raw` the critic's own
@@ -51,6 +58,7 @@ class ActorCritic(Pretrained):
         if c.kind == 'mlp': body = [*[nn.LayerNorm(c.obs_shape[0])] * c.norm, nn.Linear(c.obs_shape[0], c.hidden), nn.SiLU(), nn.Linear(c.hidden, c.hidden), nn.SiLU()]
         else: body = [nn.Conv2d(c.obs_shape[0], 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 81, c.hidden), nn.ReLU()]
         self.body = nn.Sequential(*body).to(memory_format=torch.channels_last)       # of pictures: on a CPU a step of learning takes half the time
+        require(0 <= c.mix < 1, f'mix is a share from 0 to below 1, got {c.mix}')
         require(c.bins == 0 or c.bins % 2 and c.bins > 1, f'bins must be 0 or odd, so that one of them is 0, got {c.bins}')
         self.actor, self.critic = nn.Linear(c.hidden, c.actions), nn.Linear(c.hidden, max(1, c.bins))
         self.register_buffer('bins', reward_bins(c.bins) if c.bins else None, persistent=False)
@@ -60,6 +68,7 @@ class ActorCritic(Pretrained):
         h = self.body(obs.to(torch.float32, memory_format=torch.channels_last).div_(255) if obs.dtype == torch.uint8 else obs)
         logits = self.actor(h)
         if action_mask is not None: logits = logits.masked_fill(action_mask == 0, -1e9)
+        if self.config.mix: logits = mixed(logits, self.config.mix)
         said = self.critic(h)
         return logits, said if raw else said[:, 0] if self.bins is None else said.softmax(-1) @ symexp(self.bins)
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from IPython.display import HTML
 from PIL import Image
-from .agent import Agent, shipped_replay
+from .agent import Agent, head, packed_replay, shipped_replay
 from .claims import ledger
-from .core import (BookError, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, read_json, read_metrics, require, rng_for, save_tree, seed_all,
-                             write_atomic, write_json)
+from .core import (BookError, SHIPPED, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, read_json, read_metrics, repo_path, require, rng_for,
+                             save_tree, seed_all, write_atomic, write_json)
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
 from .encoder import labels_at, state_fidelity
 from .evaluate import RandomAgent, evaluate
@@ -23,7 +23,7 @@ from .world import WorldModel, tokenise
 
 # %% auto #0
 __all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'halved', 'seal', 'pack', 'compared', 'verify', 'score',
-           'film', 'film_strip', 'fidelity_of_play', 'joined', 'ship_agent', 'loop_seconds', 'agent_card']
+           'film', 'film_strip', 'fidelity_of_play', 'joined', 'memory_of', 'ship_agent', 'loop_seconds', 'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -71,7 +71,7 @@ def pack(agent, folder, contexts, scores, made, steps=15, seed=0, replay=None):
     """Write `agent` as a folder to ship; an older folder of that name is replaced once the new one is whole. Returns what a reader will load.
 
     `contexts`: (codes, actions, game) of the stored dream, as in `dream_of`. `scores`: {game: {'mean', 'lo', 'hi', 'episodes', 'seed', ...}}.
-    `made`: what the card needs to know of the run (profile, steps, hashes of the data it learned from). `replay`: {game: list of Episodes} to ship as seeds and actions."""
+    `made`: what the card needs to know of the run (profile, steps, hashes of the data it learned from). `replay`: what `pack_replay` made of what it learned from."""
     folder = Path(folder)
     for g in scores: require(g in agent.games, f'the scores name {g!r}, which this agent does not know: expected {", ".join(agent.games)}')
     new = folder.with_name(f'.{folder.name}.new')
@@ -79,7 +79,7 @@ def pack(agent, folder, contexts, scores, made, steps=15, seed=0, replay=None):
     shipped = halved(agent, new)
     codes, actions, game = (torch.as_tensor(x) for x in contexts)
     save_tree(new / 'dream.safetensors', {'start': {'codes': codes, 'actions': actions, 'game': game}, 'seed': seed, 'dream': dream_of(shipped, codes, actions, game, steps, seed)})
-    if replay: save_tree(new / 'replay.safetensors', pack_replay(replay))
+    if replay: save_tree(new / 'replay.safetensors', replay)
     write_json(new / 'scores.json', scores)
     seal(new, made)
     if folder.exists(): shutil.rmtree(folder)
@@ -195,6 +195,22 @@ def joined(old, new):
     return rounds + [on(r) for r in of(new, 'rounds')] + dream + [on(r) for r in of(new, 'dream')] + [r for r in new if r.get('curve') not in ('rounds', 'dream')]
 
 # %% ../nbs/14_pretrained.ipynb #ship
+def memory_of(stage, agent, went_on):
+    """What the agent of a run learned from, `{game: ...}` each: the hashes of its files, its Episodes (oldest first), and the replay to ship.
+
+    An agent that `went_on` from shipped weights ships the parts of their replay before its own, also those that the run did not look at."""
+    files, episodes, replay, number = {}, {}, {}, lambda f: int(f.split('-')[-1].split('.')[0])
+    for g in stage.games:
+        old, rounds = (sorted((f for f in stage.index() if f.startswith(f'agent-{kind}-{g}-')), key=number) for kind in ('old', 'replay'))
+        before = [f'agent-first-{g}.safetensors'] if went_on else [f'frames-{g}-train.safetensors']
+        new = [f for f in before if f in stage.index()] + rounds
+        played = [load_stored(stage, f.removesuffix('.safetensors')) for f in new]
+        if not went_on: played[0] = head(played[0], agent.real_steps - sum(map(len, played[1:])))       # of random play it saw the beginning
+        files[g] = {f: stage.index()[f]['sha256'] for f in old + new}
+        episodes[g] = [load_stored(stage, f.removesuffix('.safetensors')) for f in old] + played
+        replay[g] = (packed_replay(repo_path('pretrained') / SHIPPED['agent'], g)[1] if went_on else []) + pack_replay({g: played})[g]
+    return files, episodes, replay
+
 def ship_agent(run, folder, made, episodes=30):
     """Pack the agent of a finished `run` into `folder`, with scores over `episodes` whole games, a stored dream from its replay, and a card.
 
@@ -204,18 +220,14 @@ def ship_agent(run, folder, made, episodes=30):
     require((run / 'stages' / '10_agent.json').exists(), f'chapter 10_agent, which makes the agent, is not finished in {run}: run it to its end first')
     went_on = config.get('start', 'scratch') != 'scratch'                # from earlier weights, whose record goes before
     stage = Stage('11_evaluate', run, config['profile'], config['games'], config['seed'])
-    agent, replay, codes, played, known = stage.load('agent', Agent), {}, {}, {}, {}
-    for g in stage.games:
-        parts = sorted((f for f in stage.index() if f.startswith(f'agent-replay-{g}-')), key=lambda f: int(f.split('-')[-1].split('.')[0]))
-        first = [f for f in stage.index() if f == f'agent-first-{g}.safetensors']
-        random = [f'frames-{g}-train.safetensors'] if not went_on else []
-        replay[g], played[g] = {f: stage.index()[f]['sha256'] for f in random + first + parts}, [load_stored(stage, f.removesuffix('.safetensors')) for f in first + parts]
-        codes[g] = tokenise(agent.tokenizer, played[g][-1])
-        if len(played[g]) > 1: known[g] = fidelity_of_play(agent.tokenizer, played[g], seed=stage.seed)
+    agent = stage.load('agent', Agent)
+    files, played, replay = memory_of(stage, agent, went_on)
+    codes = {g: tokenise(agent.tokenizer, es[-1]) for g, es in played.items()}
+    known = {g: fidelity_of_play(agent.tokenizer, es[-3:], seed=stage.seed) for g, es in played.items() if len(es) > 1}
     contexts = Contexts(codes, agent.games, agent.context)(2 * len(stage.games), rng_for(stage.seed, 'stored dream'))
     steps = {r['name']: r for r in map(json.loads, (run / 'metrics' / '10_agent.jsonl').read_text().splitlines()) if 'name' in r}['real_steps']['value']
     earlier = read_json(folder / 'manifest.json', {}).get('made') if went_on else None
-    made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'learned from': replay, 'known from the codes': known}
+    made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'learned from': files, 'known from the codes': known}
     if earlier: made['went on from'] = earlier                        # its hashes, hardware and seconds, and what it went on from itself
     with tempfile.TemporaryDirectory() as t:
         halved(agent, t)
@@ -227,7 +239,7 @@ def ship_agent(run, folder, made, episodes=30):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as staging:         # the old folder stays until the new one is whole
         new = Path(staging) / folder.name
-        shipped = pack(agent, new, contexts, scores, made, replay=played)
+        shipped = pack(agent, new, contexts, scores, made, replay=replay)
         for g, es in played.items(): film(shipped, es[-1], new / f'dream-{g}.gif')
         write_json(new / 'run.json', config)
         rows = [json.loads(line) for c in ('10_agent', '11_evaluate') if (path := run / 'metrics' / f'{c}.jsonl').exists() for line in path.read_text().splitlines()]
@@ -252,14 +264,16 @@ def agent_card(folder):
     seen = f'What a probe reads from its codes on frames of its last round of play (it learned from the rounds before; 1: exact, 0: no better than the mean), beside the codes of a tokenizer that never learned. Only where the first is clearly above the second did training help:\n\n{Table(known, digits=2)._repr_markdown_()}\n' if known else ''
     badly = [f'{r["variable"]} ({r["game"]})' for r in known if r['R^2 from the codes'] < .5]
     if badly: seen += f'\nIts codes place badly (R^2 below 0.5): {", ".join(badly)}.\n'
-    went_on, replay = made.get('start', 'scratch') != 'scratch', (folder / 'replay.safetensors').exists()
+    replay, g = (folder / 'replay.safetensors').exists(), made['games'][0]
+    kept = sum(len(p['actions']) for p in packed_replay(folder, g)[1]) if replay else 0
+    whole = not replay or kept == read_json(folder / 'config.json')['real_steps']
     return f"""# {folder.name}
 
     from atari_hrvq.agent import Agent
     agent = Agent.from_pretrained('pretrained/{folder.name}')
 
 Tokenizer, world model and policy of one agent for {", ".join(made['games'])}, in half precision, without pickle. `atari-hrvq verify pretrained/{folder.name}` checks
-the files and a stored dream; `atari-hrvq evaluate pretrained/{folder.name} --game {made['games'][0]}` plays the scores again.
+the files and a stored dream; `atari-hrvq evaluate pretrained/{folder.name} --game {g}` plays the scores again.
 
 {chr(10).join(f"![{g}: on the left the real game as the agent played it, on the right its dream, fed the same actions](dream-{g}.gif)" for g in made['games'])}
 
@@ -271,5 +285,5 @@ Whole games, unclipped, up to 30 no-ops at the start, no sticky actions, actions
 {Table([{'what': k, 'value': str(v)} for k, v in told.items()])._repr_markdown_()}
 
 It has seen these games only, {made['agent steps']:,} agent steps of all together, and was not asked to play with sticky actions. `metrics.jsonl` holds every figure and curve of its training
-and evaluation; the replay it learned from{" since it went on from earlier weights" * went_on} is seeds and actions{": `atari_hrvq.agent.shipped_replay` plays it again from `replay.safetensors`" if replay else ", whose hashes are in `manifest.json`"}.
+and evaluation; the replay it learned from{"" if whole else f", the newest {kept:,} steps a game of it,"} is seeds and actions{": `atari_hrvq.agent.shipped_replay` plays it again from `replay.safetensors`" if replay else ", whose hashes are in `manifest.json`"}.
 """

@@ -106,33 +106,50 @@ def test_a_fresh_agent_sees_only_what_it_is_given(parts, tmp_path):
     assert agent.tokenizer.started and agent.world.config.tokenizer == agent.tokenizer.hash()
 
 
-def test_an_agent_that_goes_on_plays_first_once_and_counts_on(parts, tmp_path, monkeypatch):
-    stage = Stage('10_agent', tmp_path, 'smoke', GAMES, 0)
-    agent, ppo, _ = fresh(parts)
+@pytest.fixture
+def shipped(parts, tmp_path, monkeypatch):
+    "A shipped agent whose replay has two parts of 90 steps a game; returns a function that opens a run which starts from it."
+    save_tree(tmp_path / 'shipped' / 'replay.safetensors', pack_replay({g: [e, e] for g, e in parts[1].items()}))
+    monkeypatch.setattr(module, 'repo_path', lambda path: tmp_path); monkeypatch.setitem(module.SHIPPED, 'agent', 'shipped')
+    return lambda start: Stage('10_agent', tmp_path / 'run', 'smoke', GAMES, 0, start)
+
+
+def test_an_agent_that_goes_on_plays_first_once_and_counts_on(parts, shipped, tmp_path, monkeypatch):
+    "start='pretrained': what it had learned from stays in the replay and is not counted again; what it plays comes behind it, and is what is drawn from most."
+    stage, (agent, ppo, _) = shipped('pretrained'), fresh(parts)
     agent.real_steps, config = 1000, going_on(replace(LOOP, rounds=3, first=60, begin_tokenizer=9))
     assert (config.rounds, config.iterations, config.first, config.begin_world, config.begin_lr) == (1, 4, 0, LOOP.world_steps, LOOP.world_lr)
-    replay = first_play(stage, agent, config)
+    replay, new = remembered(stage), first_play(stage, agent, config)
     monkeypatch.setattr(module, 'play', None)                                                       # what is stored is not played again
-    assert all(np.array_equal(first_play(stage, agent, config)[g][0].frames, replay[g][0].frames) and len(replay[g][0]) == 24 for g in GAMES)
+    assert all(np.array_equal(first_play(stage, agent, config)[g].frames, new[g].frames) and len(new[g]) == 24 for g in GAMES)
     monkeypatch.undo()
-    history, _ = learn(stage, agent, ppo, replay, config)
-    assert [h['real_steps'] for h in history] == [1024, 1048] and agent.real_steps == 1048
+    for g, e in new.items(): replay[g].append(e)
+    data, recent = module.study(stage, agent, replay, replace(config, begin_world=0), 0)
+    assert recent == {g: 180 for g in GAMES} and all(len(d) == 204 for d in data.values())
+    history, _ = learn(stage, agent, ppo, replay, config, known=180)
+    assert [h['real_steps'] for h in history] == [1024, 1048] and agent.real_steps == 1048 and not any('replayed' in h for h in history)
     assert Agent.from_pretrained(agent.save_pretrained(tmp_path / 'a')).real_steps == 1048
 
 
-def test_dreaming_on_costs_no_real_step(parts, tmp_path, monkeypatch):
-    "start='replay': the shipped replay is regenerated once, nothing is played, and its steps are not counted again."
-    save_tree(tmp_path / 'shipped' / 'replay.safetensors', pack_replay({g: [e, e] for g, e in parts[1].items()}))
-    monkeypatch.setattr(module, 'repo_path', lambda path: tmp_path); monkeypatch.setitem(module.SHIPPED, 'agent', 'shipped')
-    stage, (agent, ppo, _) = Stage('10_agent', tmp_path / 'run', 'smoke', GAMES, 0, 'replay'), fresh(parts)
-    agent.real_steps, config, old = 1000, dreaming_on(LOOP), copy.deepcopy(agent.policy.state_dict())
-    hashes = lambda: {g: [e.hash() for e in es] for g, es in remembered(stage).items()}
-    store_episodes(stage, 'agent-replay-pong-0', parts[1]['breakout'])                              # as if it had been killed before the second part
-    assert hashes() == {g: 2 * [e.hash()] for g, e in parts[1].items()}
-    monkeypatch.setattr(module, 'play', lambda *a, **k: pytest.fail('it played')); monkeypatch.setattr(module, 'shipped_replay', lambda *a: pytest.fail('regenerated twice'))
-    history, curves = learn(stage, agent, ppo, remembered(stage), config, replayed=True)
-    assert agent.real_steps == 1000 and [(h['real_steps'], h['replayed']) for h in history] == [(1000, True)] and len(curves) == 8 * LOOP.iterations
-    assert any(not torch.equal(v, old[k]) for k, v in agent.policy.state_dict().items())
+def test_the_newest_parts_are_enough_for_a_small_run(shipped):
+    count = lambda newest: [len(es) for es in remembered(shipped('pretrained'), newest).values()]
+    assert [count(n) for n in (0, 1, 90, 91, None)] == [[0, 0], [1, 1], [1, 1], [2, 2], [2, 2]]
+
+
+def test_dreaming_on_costs_no_real_step(parts, shipped, monkeypatch):
+    "start='replay': the shipped replay is regenerated once, nothing is played, and its steps are not counted again; the world model stays as it was."
+    stage, (agent, ppo, _) = shipped('replay'), fresh(parts)
+    agent.real_steps, config, old, model = 1000, dreaming_on(LOOP), copy.deepcopy(agent.policy.state_dict()), copy.deepcopy(agent.world.state_dict())
+    assert {g: [e.hash() for e in es] for g, es in remembered(stage).items()} == {g: 2 * [e.hash()] for g, e in parts[1].items()}
+    monkeypatch.setattr(module, 'play', lambda *a, **k: pytest.fail('it played')); monkeypatch.setattr(module, 'shipped_part', lambda *a: pytest.fail('regenerated twice'))
+    history, curves = learn(stage, agent, ppo, remembered(stage), config, known=180)
+    assert agent.real_steps == 1000 and [(h['real_steps'], h['replayed']) for h in history] == [(1000, True)] and len(curves) == 4 * LOOP.iterations
+    assert any(not torch.equal(v, old[k]) for k, v in agent.policy.state_dict().items()) and all(torch.equal(v, model[k]) for k, v in agent.world.state_dict().items())
+
+
+def test_in_the_last_round_the_learning_rate_falls_to_zero(whole):
+    rate = lambda r: load_tree(whole[4].checkpoint(f'round-{r}'))['ppo']['opt']['param_groups'][0]['lr']
+    assert rate(0) == 5e-4 and rate(1) == 5e-4 / LOOP.iterations                                     # of the last iteration: one step above zero
 
 
 def test_checkpoints_are_small_and_without_pickle(whole):

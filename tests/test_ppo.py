@@ -185,6 +185,19 @@ def test_first_policy_is_uniform_over_legal_actions():
     assert torch.allclose(logits.softmax(-1), torch.tensor([0., .5, .5]).expand(5, 3)) and value.abs().max() == 0
 
 
+def test_a_mixed_policy_keeps_every_legal_action_alive():
+    "A tenth of uniform over two legal actions: a policy that is sure plays the other one in 1 of 20; illegal ones stay out, gradients stay finite, the best action stays the best."
+    policy, mask = small(mix=.1), torch.tensor([[1, 0, 1]])
+    with torch.no_grad(): policy.actor.bias.copy_(torch.tensor([200., 500., -200.]))
+    logits = policy(torch.zeros(1, 2), mask)[0]
+    assert torch.allclose(logits.softmax(-1), torch.tensor([[.95, 0., .05]]), atol=1e-6) and logits.argmax() == 0
+    assert torch.allclose(logits.log_softmax(-1), logits, atol=1e-5)                    # they are log-probabilities already
+    logits[0, 2].backward()
+    assert torch.isfinite(policy.actor.bias.grad).all()
+    assert set(sample(logits.detach().expand(4000, 3), gen()).tolist()) == {0, 2}
+    with pytest.raises(BookError, match='a share from 0'): small(mix=1.)
+
+
 # ---- update
 
 def test_invalid_steps_change_nothing():

@@ -2,13 +2,15 @@
 import base64
 import io
 import shutil
+from types import SimpleNamespace
 import pytest
 import torch
+from atari_hrvq import pretrained
 from atari_hrvq.agent import Agent
-from atari_hrvq.core import BookError, load_tree, repo_path, save_tree
+from atari_hrvq.core import BookError, Stage, load_tree, repo_path, save_tree
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
-from atari_hrvq.frames import RandomPolicy, ReadingPolicy, collect
-from atari_hrvq.pretrained import compared, dream_of, fidelity_of_play, film, film_strip, pack, score, shipped_replay, verify
+from atari_hrvq.frames import RandomPolicy, ReadingPolicy, collect, store_episodes
+from atari_hrvq.pretrained import compared, dream_of, fidelity_of_play, film, film_strip, memory_of, pack, pack_replay, score, shipped_replay, verify
 from atari_hrvq.world import WorldModel
 
 SMALL = dict(dim=32, heads=2, experts=(1, 2), windows=(4, 8), hidden=32, shared_hidden=8, cell_hidden=16)
@@ -148,10 +150,28 @@ def test_what_the_codes_know_of_the_last_part_stands_beside_untrained_codes():
     with pytest.raises(BookError, match='another round'): fidelity_of_play(tokenizer, parts[:1])
 
 
+def test_all_that_it_learned_from_is_shipped_once(tmp_path, monkeypatch):
+    "From scratch: the beginning of random play, then its rounds. Gone on: the parts shipped before as they were, also those that the run did not look at, then what it played."
+    random, a, b = (collect('breakout', RandomPolicy('breakout'), n, s) for n, s in ((90, 0), (40, 1), (30, 2)))
+    stage, agent = Stage('11_evaluate', tmp_path / 'run', 'smoke', ('breakout',), 0), SimpleNamespace(real_steps=130)
+    for name, e in (('frames-breakout-train', random), ('agent-replay-breakout-0', a), ('agent-replay-breakout-1', b)): store_episodes(stage, name, e)
+    files, episodes, replay = memory_of(stage, agent, False)
+    assert [len(e) for e in episodes['breakout']] == [60, 40, 30] and list(files['breakout']) == ['frames-breakout-train.safetensors', 'agent-replay-breakout-0.safetensors', 'agent-replay-breakout-1.safetensors']
+    save_tree(tmp_path / 'shipped' / 'replay.safetensors', replay)
+    monkeypatch.setattr(pretrained, 'repo_path', lambda p: tmp_path); monkeypatch.setitem(pretrained.SHIPPED, 'agent', 'shipped')
+    again = shipped_replay(tmp_path / 'shipped', 'breakout')
+    assert [e.hash() for e in again] == [e.hash() for e in episodes['breakout']]
+    stage = Stage('11_evaluate', tmp_path / 'on', 'smoke', ('breakout',), 0, 'pretrained')
+    for name, e in (('agent-old-breakout-2', b), ('agent-first-breakout', a), ('agent-replay-breakout-0', random)): store_episodes(stage, name, e)
+    files, episodes, replay = memory_of(stage, agent, True)
+    assert [len(e) for e in episodes['breakout']] == [30, 40, 90] and [len(p['actions']) for p in replay['breakout']] == [60, 40, 30, 40, 90]
+    assert list(files['breakout']) == ['agent-old-breakout-2.safetensors', 'agent-first-breakout.safetensors', 'agent-replay-breakout-0.safetensors']
+
+
 def test_the_replay_travels_as_seeds_and_actions(tmp_path):
     "Several episodes, one of them short; what comes out is what was played, and an altered action, an unknown game or no replay is one sentence."
     parts = [collect('breakout', RandomPolicy('breakout'), n, s) for n, s in ((400, 0), (60, 1))]
-    pack(make(), tmp_path / 'toy', CONTEXTS, {}, {}, steps=5, replay={'breakout': parts})
+    pack(make(), tmp_path / 'toy', CONTEXTS, {}, {}, steps=5, replay=pack_replay({'breakout': parts}))
     again = shipped_replay(tmp_path / 'toy', 'breakout')
     assert [e.hash() for e in again] == [e.hash() for e in parts] and (again[0].frames == parts[0].frames).all() and len(parts[0].seeds) > 1
     assert all(r['ok'] for r in verify(tmp_path / 'toy'))

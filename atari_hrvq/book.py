@@ -4,19 +4,21 @@
 
 # %% ../nbs/91_book.ipynb #imports
 from __future__ import annotations
-import ast, contextlib, fcntl, hashlib, json, os, platform, sys, threading, time
+import ast, contextlib, fcntl, hashlib, json, os, platform, shutil, sys, threading, time, warnings
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+import psutil
 import atari_hrvq
 from .core import (BookError, GAMES, PROFILES, STARTS, choices, file_hash, parse_games, read_json, require, write_json)
 
 # %% auto #0
 __all__ = ['STAGES', 'PLACES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure',
-           'stage_key', 'stage_keys', 'upstream', 'clock', 'Watch', 'end_processes', 'hardware', 'versions',
-           'made_files', 'check_files', 'locked', 'busy', 'StageFailed', 'logged_kernel', 'execute', 'run_chain',
-           'kernel_environment', 'chain_job', 'sweep', 'status_table', 'read_claims']
+           'stage_key', 'stage_keys', 'upstream', 'clock', 'Running', 'Watch', 'end_processes', 'hardware', 'versions',
+           'made_files', 'check_files', 'cores', 'default_jobs', 'locked', 'busy', 'StageFailed', 'kernel_environment',
+           'logged_kernel', 'execute', 'run_chain', 'chain_job', 'sweep', 'status_table', 'read_claims']
 
 # %% ../nbs/91_book.ipynb #stages
 class StageSpec(NamedTuple):
@@ -113,54 +115,73 @@ def _python(cell):
 # %% ../nbs/91_book.ipynb #watch
 def clock(seconds): return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
-class Watch:
-    "Context manager: one line of progress for a running stage; afterwards `.seconds` and `.peak_mb`. After an error the stage's processes are ended."
-    def __init__(self, label, folder, began, out=sys.stderr):
-        self.label, self.report, self.pids, self.began, self.out = label, Path(folder) / '.progress', Path(folder) / '.kernels', began, out
-        self.tty, self.desc, self.seen, self.peak_mb, self.kids = out.isatty(), None, 0, 0., {}
-    def __enter__(self):
-        self.start = self.last = time.time(); self.stop = threading.Event()
+class Running:
+    "A chapter that runs: what it reports, its processes, `.peak_mb` of their memory. `end()` kills them, `close()` takes its files away."
+    def __init__(self, name, label, folder):
+        self.label, self.report, self.pids = label, Path(folder) / f'.progress-{name}', Path(folder) / f'.kernels-{name}'
+        self.start, self.desc, self.seen, self.peak_mb, self.kids = time.time(), None, 0, 0., {}
         self.report.unlink(missing_ok=True)
-        self.thread = threading.Thread(target=self._loop, daemon=True); self.thread.start()
-        if not self.tty: print(f'{self.label} ...', file=self.out, flush=True)
-        return self
-    def __exit__(self, kind, *_):
-        self.stop.set(); self.thread.join()
-        self.seconds = time.time() - self.start
-        if kind is not None: end_processes([p.pid, born] for p, born in self.kids.items())
-        for p in (self.report, self.pids): p.unlink(missing_ok=True)
-        if kind is None: self._print(f'{self.label}  done in {clock(self.seconds)}, {self.peak_mb:.0f} MB', end='\n')
-        elif self.tty: print(file=self.out)
-    def _loop(self):
-        import psutil
-        me = psutil.Process()
-        while not self.stop.wait(.5):
-            total, known = me.memory_info().rss, len(self.kids)
-            for p in me.children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if p.environ().get('ATARI_HRVQ_PROGRESS') == str(self.report): total += p.memory_info().rss; self.kids[p] = p.create_time()      # this stage's, not another child's
-            self.peak_mb = max(self.peak_mb, total / 1e6)
-            with contextlib.suppress(OSError):
-                if len(self.kids) > known: self.pids.write_text(json.dumps([[p.pid, born] for p, born in self.kids.items()]))
-            if self.tty or time.time() - self.last > 10: self.last = time.time(); self._print(self.line())
-    def line(self):
-        "Label, what is going on, share done, time left, and the elapsed time of the whole chain."
+    def look(self, processes):
+        "Find its own among `processes` (of psutil), which carry its report in their environment; returns their memory in MB."
+        total, known = 0., len(self.kids)
+        for p in processes:
+            with contextlib.suppress(psutil.Error):
+                if p.environ().get('ATARI_HRVQ_PROGRESS') == str(self.report): total += p.memory_info().rss / 1e6; self.kids[p] = p.create_time()
+        self.peak_mb = max(self.peak_mb, total)
+        with contextlib.suppress(OSError):
+            if len(self.kids) > known: self.pids.write_text(json.dumps([[p.pid, born] for p, born in self.kids.items()]))
+        return total
+    def line(self, short=False):
+        "Label, what is going on, share done, time left; only the name, the share and the time if `short`."
         try: r = json.loads(self.report.read_text())
-        except (OSError, ValueError): return f'{self.label}  starting   {clock(time.time() - self.began)} in all'
+        except (OSError, ValueError): return f'{self.label}  starting'
         if r['desc'] != self.desc or r['done'] < self.seen: self.desc, self.since, self.at = r['desc'], time.time(), r['done']      # another loop, or the same one again
-        self.seen = r['done']
+        self.seen, part = r['done'], r['done'] / max(1, r['total'])
         rate = (r['done'] - self.at) / max(1e-9, time.time() - self.since)
         left = f'{clock((r["total"] - r["done"]) / rate)} left' if rate > 0 else ''
-        filled = int(20 * r['done'] / max(1, r['total']))
-        return f'{self.label}  {r["desc"]:<28.28} [{"#" * filled}{"." * (20 - filled)}] {r["done"] / max(1, r["total"]):4.0%} {left:>10}   {clock(time.time() - self.began)} in all'
+        return f'{self.label} {r["desc"]:.24} {part:4.0%} {left}' if short else f'{self.label}  {r["desc"]:<28.28} [{"#" * int(20 * part):.<20}] {part:4.0%} {left:>10}'
+    def end(self): end_processes([p.pid, born] for p, born in list(self.kids.items()))
+    def close(self):
+        for p in (self.report, self.pids): p.unlink(missing_ok=True)
+
+# %% ../nbs/91_book.ipynb #watch-thread
+class Watch:
+    "Context manager: progress of the chapters that run, between `begin(name, label)` and `close(name)`, and `.peak_mb` of all together with the chain."
+    def __init__(self, folder, began, out=sys.stderr):
+        self.folder, self.began, self.out, self.tty, self.running, self.peak_mb = folder, began, out, out.isatty(), {}, 0.
+        self.last, self.stop, self.drawing = time.time(), threading.Event(), threading.Lock()
+    def __enter__(self):
+        self.thread = threading.Thread(target=self._loop, daemon=True); self.thread.start()
+        return self
+    def __exit__(self, *_): self.stop.set(); self.thread.join()
+    def begin(self, name, label):
+        self.running[name] = r = Running(name, label, self.folder)
+        if not self.tty: self._print(f'{label} ...')
+        return r
+    def close(self, name, done=True):
+        "The chapter is over; returns how long it took in seconds and its peak memory in MB."
+        r = self.running.pop(name); r.close()
+        seconds = time.time() - r.start
+        if done: self._print(f'{r.label}  done in {clock(seconds)}, {r.peak_mb:.0f} MB', end='\n')
+        elif self.tty: self._print('', end='\n')
+        return {'seconds': round(seconds, 1), 'peak_mb': round(r.peak_mb)}
+    def _loop(self):
+        me = psutil.Process()
+        while not self.stop.wait(.5):
+            running, children = list(self.running.values()), me.children(recursive=True)
+            self.peak_mb = max(self.peak_mb, me.memory_info().rss / 1e6 + sum(r.look(children) for r in running))
+            if self.tty and running: self._print(' | '.join(r.line(short=len(running) > 1) for r in running) + f'   {clock(time.time() - self.began)} in all')
+            elif time.time() - self.last > 10:
+                self.last = time.time()
+                for r in running: self._print(f'{r.line()}   {clock(time.time() - self.began)} in all')
     def _print(self, text, end=''):
-        if self.tty: print(f'\r\033[K{text}', end=end, file=self.out, flush=True)
-        else: print(text, file=self.out, flush=True)
+        with self.drawing:
+            if self.tty: print(f'\r\033[K{text[:shutil.get_terminal_size().columns - 1]}', end=end, file=self.out, flush=True)
+            else: print(text, file=self.out, flush=True)
 
 # %% ../nbs/91_book.ipynb #leftovers
 def end_processes(pids):
     "End the processes given as `[id, time of birth]` if they are still the same ones."
-    import psutil
     for pid, born in pids:
         with contextlib.suppress(psutil.Error):
             p = psutil.Process(pid)
@@ -169,7 +190,7 @@ def end_processes(pids):
 # %% ../nbs/91_book.ipynb #manifest
 def hardware():
     "What this machine is: processor, cores, memory, GPU."
-    import psutil, torch
+    import torch
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         cpu = next((line.split(':', 1)[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), cpu)
@@ -199,6 +220,14 @@ def check_files(folder, stage, files):
         require((folder / p).exists(), f'{folder / p}, made by chapter {stage}, is missing: {again}')
         require(file_hash(folder / p) == sha, f'{folder / p} was altered or cut short since chapter {stage} wrote it: {again}')
 
+# %% ../nbs/91_book.ipynb #jobs
+def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+def default_jobs():
+    "Two chapters at a time where there are two cores and memory for both (7 GB) and no GPU, which they would have to share; else one."
+    import torch
+    return 2 if cores() > 1 and psutil.virtual_memory().total > 7e9 and not torch.cuda.is_available() else 1
+
 # %% ../nbs/91_book.ipynb #lock
 @contextlib.contextmanager
 def locked(folder):
@@ -225,18 +254,24 @@ def busy(folder):
 class StageFailed(Exception): "A chapter raised something that is not a reader's mistake."
 
 # %% ../nbs/91_book.ipynb #kernel
-def logged_kernel(path):
-    "A kernel manager class whose kernels write what bypasses the notebook (native libraries, crashes) to the file `path`."
+def kernel_environment(report, threads=None):
+    "What a kernel gets beside the chain's own environment: nbdev's test flag (a stray `nbdev_export` must not write), where to report progress, how many threads."
+    more = {'IN_TEST': '1', 'ATARI_HRVQ_PROGRESS': str(report), 'PYDEVD_DISABLE_FILE_VALIDATION': '1'}
+    spare = {'GOMP_SPINCOUNT': '1000', **({'OMP_NUM_THREADS': str(threads)} if threads else {})}        # threads that wait must not spin: another busy program would slow torch tenfold
+    return {**more, **{k: v for k, v in spare.items() if k not in os.environ}}
+
+def logged_kernel(path, environment):
+    "A kernel manager class whose kernels have `environment` and write what bypasses the notebook (native libraries, crashes) to the file `path`."
     from jupyter_client import AsyncKernelManager
     class LoggedKernel(AsyncKernelManager):
         async def _async_launch_kernel(self, kernel_cmd, **kw):
-            with open(path, 'ab') as log: await super()._async_launch_kernel(kernel_cmd, **{**kw, 'stdout': log, 'stderr': log})
+            with open(path, 'ab') as log: await super()._async_launch_kernel(kernel_cmd, **{**kw, 'env': {**(kw.get('env') or os.environ), **environment}, 'stdout': log, 'stderr': log})
     return LoggedKernel
 
 # %% ../nbs/91_book.ipynb #execute-stage
-def execute(root, folder, name, parameters):
+def execute(root, folder, name, parameters, environment):
     "Run one notebook with papermill into `folder/notebooks/`; a reader's mistake inside it comes back as `BookError`."
-    import logging, warnings
+    import logging
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -247,10 +282,8 @@ def execute(root, folder, name, parameters):
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, log, error = target.with_name(f'.{name}.running.ipynb'), folder / 'kernel.log', None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            papermill.execute_notebook(str(source), str(partial), parameters, kernel_name='python3', progress_bar=False, cwd=str(root), autosave_cell_every=0,
-                                       kernel_manager_class=logged_kernel(log))
+        papermill.execute_notebook(str(source), str(partial), parameters, kernel_name='python3', progress_bar=False, cwd=str(root), autosave_cell_every=0,
+                                   kernel_manager_class=logged_kernel(log, environment))
         os.replace(partial, target)
     except PapermillExecutionError as e:
         os.replace(partial, target); error = e
@@ -262,10 +295,11 @@ def execute(root, folder, name, parameters):
     require({k: wrote.get(k) for k in asked} == asked, f'{name} ran with {wrote or "nothing"} instead of {asked}: its parameters cell must carry the tag "parameters"')
 
 # %% ../nbs/91_book.ipynb #chain
-def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None, out=None, root=None, start='scratch'):
+def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None, out=None, root=None, start='scratch', jobs=None):
     """Run the chapters `first` to `last` (all by default) into the folder `run`; returns the manifest.
 
-    Finished chapters whose key and files are unchanged are skipped, unless `first` names them or an earlier one."""
+    Finished chapters whose key and files are unchanged are skipped, unless `first` names them or an earlier one. `jobs` chapters
+    that do not need each other run at the same time and share the cores (default: `default_jobs`)."""
     choices('profile', profile, PROFILES)
     require(seed >= 0, f'seed {seed!r} is not a whole number from 0 on')
     choices('start', start, STARTS)
@@ -274,52 +308,59 @@ def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None,
     a, b = names.index(find_stage(first)) if first else 0, names.index(find_stage(last)) if last else len(names) - 1
     require(a <= b, f'--from {names[a]} lies after --to {names[b]}: swap them')
     root, folder = root or repo_root(), Path(run).absolute()
-    with locked(folder), kernel_environment(folder):
+    require(jobs is None or jobs >= 1, f'{jobs} chapters at a time is no number from 1 on')
+    with locked(folder):
         made = read_json(folder / 'run.json', {})
         require(not made or {'start': 'scratch', **made} == parameters, f'{folder} was made by another configuration ({made}), not {parameters}: choose another run folder')
-        end_processes(read_json(folder / '.kernels', []))
-        return _run(root, folder, parameters, STAGES[:b + 1], a, bool(first), out or sys.stderr)
-
-# %% ../nbs/91_book.ipynb #environment
-@contextlib.contextmanager
-def kernel_environment(folder):
-    "What the kernels inherit: nbdev's test flag (a stray `nbdev_export` must not write) and where to report progress."
-    before = dict(os.environ)
-    os.environ.update(IN_TEST='1', ATARI_HRVQ_PROGRESS=str(folder / '.progress'), PYDEVD_DISABLE_FILE_VALIDATION='1')
-    os.environ.setdefault('GOMP_SPINCOUNT', '1000')               # threads that wait must not spin: another busy program would slow torch tenfold
-    try: yield
-    finally: os.environ.clear(); os.environ.update(before)
+        for left in folder.glob('.kernels-*'): end_processes(read_json(left, [])); left.unlink()
+        return _run(root, folder, parameters, STAGES[:b + 1], a, bool(first), out or sys.stderr, jobs or default_jobs())
 
 # %% ../nbs/91_book.ipynb #run-stages
-def _run(root, folder, parameters, stages, a, forced, out):
-    path, began = folder / 'manifest.json', time.time()
+def _run(root, folder, parameters, stages, a, forced, out, jobs):
+    path, began, asked = folder / 'manifest.json', time.time(), [s.name for s in stages[a:]]
     manifest = read_json(path, {})
     done, needed = manifest.setdefault('stages', {}), upstream(stages[a:])
     manifest.update(versions=versions(), hardware=hardware(), **parameters, notebooks={s.name: file_hash(root / 'nbs' / f'{s.name}.ipynb') for s in stages})
-    for i, s in enumerate(stages):
-        if i < a and s.name not in needed: continue
-        label, old, key = f'[{i + 1:2d}/{len(stages)}] {s.name:<12}', done.get(s.name, {}), stage_key(root, s, parameters, done)
-        if i < a:
-            require(old.get('state') == 'done', f'{folder} lacks chapter {s.name}, which later ones need: run it first (--from {s.name})')
-            require(old['key'] == key, f'chapter {s.name}, or what it is made from, has changed since it ran in {folder}: run from there (--from {s.name})')
-        if old.get('state') == 'done' and old['key'] == key and (i < a or not forced):
-            check_files(folder, s.name, old['files'])
-            if i >= a: print(f'{label}  unchanged, skipped', file=out, flush=True)
-            continue
-        if old.get('key') != key or old.get('state') == 'done':
-            for c in (folder / 'checkpoints').glob(f'{s.name}-*'): c.unlink()
-        done[s.name] = {'key': key, 'state': 'running', 'started': time.strftime('%Y-%m-%dT%H:%M:%S')}
+    label, key = {s.name: f'[{i + 1:2d}/{len(stages)}] {s.name:<12}' for i, s in enumerate(stages)}, lambda s: stage_key(root, s, parameters, done)
+
+    def note(name, **facts):
+        done[name] = {**done.get(name, {}), **facts}
+        manifest['stages'] = {s.name: done[s.name] for s in STAGES if s.name in done}
         write_json(path, manifest)
-        watch = Watch(label, folder, began, out)
+    for s in stages[:a]:
+        if s.name not in needed: continue
+        old = done.get(s.name, {})
+        require(old.get('state') == 'done', f'{folder} lacks chapter {s.name}, which later ones need: run it first (--from {s.name})')
+        require(old['key'] == key(s), f'chapter {s.name}, or what it is made from, has changed since it ran in {folder}: run from there (--from {s.name})')
+        check_files(folder, s.name, old['files'])
+    order, left, running = sorted(stages[a:], key=lambda s: -sum(s.name in upstream([t]) for t in stages)), set(asked), {}
+    with Watch(folder, began, out) as watch, ThreadPoolExecutor(jobs) as pool, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        def over(futures):
+            for f in futures: f.result(); name = running.pop(f); note(name, state='done', **watch.close(name), files=made_files(folder, name)); left.remove(name)
         try:
-            with watch: execute(root, folder, s.name, {'run': str(folder), **parameters})
+            while left:
+                s = next((s for s in order if s.name in left - set(running.values()) and not left & set(s.needs)), None) if len(running) < jobs else None
+                if s is None: over(wait(running, return_when=FIRST_COMPLETED).done); continue
+                old, now = done.get(s.name, {}), key(s)
+                if old.get('state') == 'done' and old['key'] == now and not forced:
+                    check_files(folder, s.name, old['files']); left.remove(s.name)
+                    print(f'{label[s.name]}  unchanged, skipped', file=out, flush=True)
+                    continue
+                if old.get('key') != now or old.get('state') == 'done':
+                    for c in (folder / 'checkpoints').glob(f'{s.name}-*'): c.unlink()
+                done[s.name] = {}; note(s.name, key=now, state='running', started=time.strftime('%Y-%m-%dT%H:%M:%S'))
+                environment = kernel_environment(watch.begin(s.name, label[s.name]).report, cores() // jobs if jobs > 1 else None)
+                running[pool.submit(execute, root, folder, s.name, {'run': str(folder), **parameters}, environment)] = s.name
         except BaseException as e:
-            done[s.name].update(state='stopped' if isinstance(e, KeyboardInterrupt) else 'failed', seconds=round(watch.seconds, 1), peak_mb=round(watch.peak_mb), error=str(e) or type(e).__name__)
-            write_json(path, manifest); raise
-        done[s.name].update(state='done', seconds=round(watch.seconds, 1), peak_mb=round(watch.peak_mb), files=made_files(folder, s.name))
-        write_json(path, manifest)
+            over({f for f in running if f.done() and not f.exception()})
+            for f, name in running.items():
+                guilty = f.done() and f.exception() is e
+                while not f.done(): watch.running[name].end(); wait([f], .2)
+                note(name, state='failed' if guilty else 'stopped', **watch.close(name, False), error=(str(e) or type(e).__name__) if guilty or isinstance(e, KeyboardInterrupt) else 'another chapter failed')
+            raise
     total = sum(x.get('seconds', 0) for x in done.values())
-    print(f'all in {clock(time.time() - began)} now ({clock(total)} of work in this run), peak memory {max((x.get("peak_mb", 0) for x in done.values()), default=0)} MB', file=out, flush=True)
+    print(f'all in {clock(time.time() - began)} now ({clock(total)} of work in this run), peak memory {watch.peak_mb:.0f} MB', file=out, flush=True)
     return manifest
 
 # %% ../nbs/91_book.ipynb #sweep

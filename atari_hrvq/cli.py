@@ -36,6 +36,7 @@ def parser():
     r.add_argument('--on', default='here', help=f'where several seeds run: {", ".join(PLACES)} (default: %(default)s, one after the other; local: all at once)')
     r.add_argument('--slurm', action='append', default=[], metavar='KEY=VALUE', help='a parameter of submitit, such as partition=gpu or gpus_per_node=1 (repeat it)')
     r.add_argument('--start', default='scratch', help='scratch; pretrained: train on from the shipped weights; replay: the same, but the agent plays nothing new and learns on from its shipped replay (default: %(default)s)')
+    r.add_argument('--jobs', type=int, metavar='N', help='chapters at a time (default: 2 where there are two cores, memory for both and no GPU, else 1)')
     r.add_argument('--from', dest='first', metavar='CH', help='run from this chapter on, finished or not (04, hrvq or 04_hrvq)')
     r.add_argument('--to', dest='last', metavar='CH', help='stop after this chapter')
     s = sub.add_parser('status', help='what a run has done'); s.add_argument('run', help='the run folder')
@@ -59,7 +60,7 @@ def parser():
 
 # %% ../nbs/93_cli.ipynb #commands
 def command_run(a):
-    options, names, folders = {'profile': a.profile, 'games': a.games, 'first': a.first, 'last': a.last, 'start': a.start}, [s.name for s in STAGES], [a.run]
+    options, names, folders = {'profile': a.profile, 'games': a.games, 'first': a.first, 'last': a.last, 'start': a.start, 'jobs': a.jobs}, [s.name for s in STAGES], [a.run]
     require(a.seeds or (a.on == 'here' and not a.slurm), '--on and --slurm are for several seeds: give --seeds 0,1,2')
     if a.seeds: folders = sweep(a.run, whole_numbers(a.seeds), a.on, pairs(a.slurm), **options)
     else: run_chain(a.run, seed=a.seed, **options)

@@ -10,16 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 import torch
+from filelock import FileLock
 import safetensors.torch as st
 from tqdm.std import tqdm
 
 # %% auto #0
 __all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'BookError', 'require', 'choices', 'pick',
            'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'precision', 'count_parameters', 'symlog',
-           'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic', 'write_json', 'save_tree', 'load_tree',
-           'file_hash', 'Pretrained', 'load_weights', 'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw',
-           'fit', 'fingerprint', 'save_checkpoint', 'load_checkpoint', 'plot_history', 'repo_path',
-           'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number', 'Table', 'bootstrap_mean']
+           'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic', 'write_json', 'save_tree',
+           'load_arrays', 'load_tree', 'file_hash', 'Pretrained', 'load_weights', 'progress', 'Monitor', 'FitConfig',
+           'learning_rate', 'make_adamw', 'fit', 'fingerprint', 'save_checkpoint', 'load_checkpoint', 'plot_history',
+           'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number', 'Table',
+           'bootstrap_mean']
 
 # %% ../nbs/00_core.ipynb #errors
 class BookError(Exception):
@@ -148,16 +150,20 @@ def save_tree(path, tree):
     tensors, skeleton = pack(tree)
     write_atomic(path, st.save(tensors, {'tree': json.dumps(skeleton)}))
 
-def load_tree(path, device='cpu'):
-    "Load what `save_tree` wrote; one sentence names the file if it is missing, truncated or altered."
+def load_arrays(path, device='cpu'):
+    "`(tensors, metadata)` of a safetensors file; one sentence names it if it is missing, truncated or altered."
     path = Path(path)
     require(path.exists(), f'{path} does not exist: run the chapter that makes it')
     try:
-        with st.safe_open(path, 'pt', device=str(device)) as f:
-            return unpack({k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['tree']))
-    except BookError: raise
+        with st.safe_open(path, 'pt', device=str(device)) as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except Exception as e:
         raise BookError(f'{path} is damaged ({type(e).__name__}): delete it and run the chapter that makes it again') from None
+
+def load_tree(path, device='cpu'):
+    "Load what `save_tree` wrote; one sentence names the file if it is missing, truncated or altered."
+    tensors, meta = load_arrays(path, device)
+    require('tree' in meta, f'{path} is damaged (no tree in it): delete it and run the chapter that makes it again')
+    return unpack(tensors, json.loads(meta['tree']))
 
 def file_hash(path):
     "SHA-256 of a file, hexadecimal."
@@ -344,13 +350,34 @@ def fingerprint(*what, modules=None):
         if path and (name.split('.')[-1] in modules if modules else name.split('.')[-1] not in ('book', 'explore', 'claims')): h.update(Path(path).read_bytes())
     return h.hexdigest()
 
-def save_checkpoint(path, mark, tree): save_tree(path, {'mark': mark, **tree})
+def save_checkpoint(path, mark, tree, limit=15 * 2**20):
+    """Save a state to resume from. Arrays beyond `limit` bytes go to files of at most that size beside it (a larger array has one of its own),
+    named after their content; they are written first, and those of the state before it go last, so there is a whole state at any moment."""
+    path, (tensors, skeleton), groups, size = Path(path), pack({'mark': mark, **tree}), [{}], 0
+    for name, x in tensors.items():
+        if groups[-1] and size + x.nbytes > limit: groups.append({}); size = 0
+        groups[-1][name] = x; size += x.nbytes
+    pieces = []
+    for group in groups[1:]:
+        data = st.save(group)
+        pieces.append(f'{path.stem}.{hashlib.sha256(data).hexdigest()[:16]}.safetensors')
+        if not path.with_name(pieces[-1]).exists(): write_atomic(path.with_name(pieces[-1]), data)
+    write_atomic(path, st.save(groups[0], {'tree': json.dumps(skeleton), 'pieces': json.dumps(pieces)}))
+    for p in path.parent.glob(f'{path.stem}.*.safetensors'):
+        if p.name not in pieces: p.unlink()
 
-def load_checkpoint(path, mark):
-    "The checkpoint at `path` if it exists and carries `mark`, else None; a damaged file is named."
-    if not path or not Path(path).exists(): return None
-    saved = load_tree(path)
-    return saved if saved['mark'] == mark else None
+def load_checkpoint(path, mark=None):
+    "The checkpoint at `path` if it exists and carries `mark` (whatever it carries, if None is asked for), else None; a damaged file is named."
+    if not path or not (path := Path(path)).exists(): return None
+    tensors, meta = load_arrays(path)
+    skeleton = json.loads(meta['tree'])
+    if mark is not None and dict(skeleton['__dict__'])['mark'] != mark: return None
+    for name in json.loads(meta.get('pieces', '[]')):
+        piece = path.with_name(name)
+        require(piece.exists() and file_hash(piece)[:16] == name.split('.')[-2], f'{piece} is missing or damaged: delete {path} and run the chapter that makes it again')
+        tensors.update(load_arrays(piece)[0])
+    return unpack(tensors, skeleton)
+
 
 # %% ../nbs/00_core.ipynb #curve
 def plot_history(history, keys=('loss',), ax=None, log=True):
@@ -424,9 +451,14 @@ class Stage:
         (self.folder / 'stages' / f'{self.chapter}.json').unlink(missing_ok=True)         # not finished any more, until `done`
         if hasattr(what, 'save_pretrained'): files = [f for f in what.save_pretrained(self.path(name)).rglob('*') if f.is_file()]
         else: save_tree(self.path(f'{name}.safetensors'), what); files = [self.path(f'{name}.safetensors')]
-        index = {k: v for k, v in self.index().items() if not k.startswith((f'{name}/', f'{name}.safetensors'))}
-        index.update({str(f.relative_to(self.path(''))): {'sha256': file_hash(f), 'chapter': self.chapter} for f in files})
-        write_json(self.path('index.json'), index)
+        new = {str(f.relative_to(self.path(''))): {'sha256': file_hash(f), 'chapter': self.chapter} for f in files}
+        with self.alone():
+            index = {k: v for k, v in self.index().items() if not k.startswith((f'{name}/', f'{name}.safetensors'))}
+            write_json(self.path('index.json'), {**index, **new})
+
+    def alone(self):
+        "Context manager: no other chapter of this run changes what they share meanwhile (the index, the joined metrics)."
+        return FileLock(self.folder / '.index.lock')
 
     def index(self):
         "`{file: {sha256, chapter}}` of everything saved in this run so far."
@@ -472,7 +504,7 @@ class Stage:
     def done(self):
         "Write the chapter's metrics, join `metrics.jsonl`, drop its checkpoints, and note the parameters it ran with."
         write_atomic(self.folder / 'metrics' / f'{self.chapter}.jsonl', ''.join(json.dumps(r) + '\n' for r in self.rows))
-        write_atomic(self.folder / 'metrics.jsonl', ''.join(p.read_text() for p in sorted((self.folder / 'metrics').glob('*.jsonl'))))
+        with self.alone(): write_atomic(self.folder / 'metrics.jsonl', ''.join(p.read_text() for p in sorted((self.folder / 'metrics').glob('*.jsonl'))))
         write_json(self.folder / 'stages' / f'{self.chapter}.json', {**self.config, 'seconds': round(time.time() - self.began, 1)})
         for p in (self.folder / 'checkpoints').glob(f'{self.chapter}-*'): p.unlink()
         return f'{self.chapter}: {len(self.rows)} rows of metrics in {self.folder.name}'

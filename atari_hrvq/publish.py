@@ -770,12 +770,11 @@ def executed(path, run, root, changed=(), log=None):
     import logging, papermill, tempfile
     from papermill.exceptions import PapermillExecutionError
     logging.getLogger('papermill').setLevel(logging.ERROR)
-    with kernel_environment(run), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            papermill.execute_notebook(str(path), f'{folder}/out.ipynb', {'run': str(run)}, kernel_name='python3', progress_bar=False, cwd=str(root), kernel_manager_class=logged_kernel(f'{folder}/log'))
+            papermill.execute_notebook(str(path), f'{folder}/out.ipynb', {'run': str(run)}, kernel_name='python3', progress_bar=False, cwd=str(root), kernel_manager_class=logged_kernel(f'{folder}/log', kernel_environment(f'{folder}/progress')))
             return json.loads(Path(folder, 'out.ipynb').read_text())
         except PapermillExecutionError as e: said = f'{path.name} cannot show {run}: {e.ename}: {(e.evalue.splitlines() or [""])[0]}'
-        finally: (run / '.progress').unlink(missing_ok=True)
     require(changed, said)
     print(f'{said} (the page shows the outputs in nbs/)', file=log or sys.stderr)
     return notebook

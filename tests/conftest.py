@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items):
 def jobs(request, tmp_path_factory):
     used = {n for item in request.session.items for n in item.fixturenames}
     folder, started = tmp_path_factory.mktemp('jobs'), {}
-    if 'smoke' in used: started['smoke'] = Job([BIN / 'atari-hrvq', 'run', '--run', folder / 'smoke', '--profile', 'smoke'], folder / 'smoke.log')
+    if 'smoke' in used: started['smoke'] = Job([BIN / 'atari-hrvq', 'run', '--run', folder / 'smoke', '--profile', 'smoke', '--jobs', '1'], folder / 'smoke.log')
     if 'chapters' in used:
         book = copy_book(folder / 'book')
         some = [] if request.config.getoption('--all-chapters') else ['--skip_file_re', AFTER_OTHERS]

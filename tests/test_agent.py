@@ -6,7 +6,7 @@ import pytest
 import torch
 from atari_hrvq import agent as module, world as world_module
 from atari_hrvq.agent import Agent, LoopConfig, dreaming_on, first_play, fresh_agent, going_on, head, learn, play, remembered, replay_frames
-from atari_hrvq.core import BookError, Stage, load_tree, save_tree
+from atari_hrvq.core import BookError, Stage, load_checkpoint, save_tree
 from atari_hrvq.frames import LEGAL, RandomPolicy, collect, load_stored, store_episodes
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.ppo import PPO
@@ -148,14 +148,14 @@ def test_dreaming_on_costs_no_real_step(parts, shipped, monkeypatch):
 
 
 def test_in_the_last_round_the_learning_rate_falls_to_zero(whole):
-    rate = lambda r: load_tree(whole[4].checkpoint(f'round-{r}'))['ppo']['opt']['param_groups'][0]['lr']
+    rate = lambda r: load_checkpoint(whole[4].checkpoint(f'round-{r}'))['ppo']['opt']['param_groups'][0]['lr']
     assert rate(0) == 5e-4 and rate(1) == 5e-4 / LOOP.iterations                                     # of the last iteration: one step above zero
 
 
 def test_checkpoints_are_small_and_without_pickle(whole):
     files = list((whole[4].folder / 'checkpoints').glob('*'))
     assert files and all(f.suffix == '.safetensors' and f.stat().st_size < 16 * 2**20 for f in files)
-    assert {'world', 'ppo', 'history'} <= set(load_tree(whole[4].checkpoint('round-1')))
+    assert {'world', 'ppo', 'history'} <= set(load_checkpoint(whole[4].checkpoint('round-1')))
 
 
 def test_what_was_played_can_be_played_again(whole):

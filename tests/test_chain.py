@@ -15,7 +15,7 @@ import torch
 from conftest import BIN, ENV, ROOT
 from atari_hrvq import book, cli, publish
 from atari_hrvq.claims import CLAIMS, ledger
-from atari_hrvq.core import BookError, load_tree, write_json
+from atari_hrvq.core import BookError, load_checkpoint, write_json
 
 COMMAND = str(BIN / 'atari-hrvq')
 NAMES = [s.name for s in book.STAGES]
@@ -53,6 +53,7 @@ def wait_for(condition, seconds=90):
     (['run', '--profile', 'smoke', '--from', '05', '--to', '04'], 'lies after'),
     (['run', '--profile', 'smoke', '--seed', 'x'], 'invalid int value'),
     (['run', '--profile', 'smoke', '--seed', '-1'], 'is not a whole number from 0 on'),
+    (['run', '--jobs', '0'], '0 chapters at a time is no number from 1 on'),
     (['run', '--colour', 'red'], 'unrecognized arguments: --colour red'),
     (['bench', 'luck'], "unknown benchmark 'luck': expected one of frames, encoder, quantizer, dream"),
     (['run', '--start', 'warm'], "unknown start 'warm': expected one of scratch, pretrained, replay"),
@@ -115,13 +116,13 @@ def test_help_everywhere(command, capsys):
 
 # ------------------------------------------------------------------ what a chapter can do to the chain
 
-def small_book(folder, body, tags=('parameters',)):
-    "A checkout whose first chapter is `body`."
+def small_book(folder, body, tags=('parameters',), name='01_frames'):
+    "A checkout with `body` as the chapter `name`."
     v4 = nbformat.v4
     head = v4.new_code_cell("run = 'runs/smoke'\nprofile = 'smoke'\ngames = ['pong']\nseed = 0\nstart = 'scratch'", metadata={'tags': list(tags)})
     (folder / 'nbs').mkdir(parents=True, exist_ok=True)
     (folder / 'atari_hrvq').mkdir(exist_ok=True)
-    nbformat.write(v4.new_notebook(cells=[head, v4.new_code_cell(body)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}), folder / 'nbs' / '01_frames.ipynb')
+    nbformat.write(v4.new_notebook(cells=[head, v4.new_code_cell(body)], metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}), folder / 'nbs' / f'{name}.ipynb')
     return folder
 
 
@@ -142,6 +143,55 @@ def test_what_a_chapter_can_do(body, tags, code, expected, tmp_path, capsys, mon
     assert re.search(expected, err[-1]) and not any('Traceback' in line for line in err), err
     assert json.loads((tmp_path / 'r' / 'manifest.json').read_text())['stages']['01_frames']['state'] == 'failed'
     assert not list((tmp_path / 'r' / 'notebooks').glob('.*'))
+
+
+@pytest.fixture
+def three(tmp_path, monkeypatch):
+    "A book of three chapters, where the last needs the other two; a function that gives them bodies (each notes its time) and returns the checkout."
+    specs = [book.StageSpec('01_a', 'a', ()), book.StageSpec('02_b', 'b', ()), book.StageSpec('03_c', 'c', ('01_a', '02_b'))]
+    monkeypatch.setattr(book, 'STAGES', specs)
+
+    def write(**bodies):
+        for s in specs:
+            body = f"import time; began = time.time()\n{bodies.get(s.title, 'time.sleep(1)')}\n" + WRITE.format(seed='seed').replace('01_frames', s.name) + f"(pathlib.Path(run) / '{s.name}.txt').write_text(f'{{began}} {{time.time()}}')"
+            small_book(tmp_path / 'book', body, name=s.name)
+        return tmp_path / 'book'
+    return write
+
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_chapters_that_do_not_need_each_other_run_together(three, tmp_path, jobs):
+    root, run = three(a='time.sleep(4)', b='time.sleep(4)'), tmp_path / 'r'
+    manifest = book.run_chain(run, 'smoke', ['pong'], root=root, jobs=jobs)
+    (a, b, c) = ([float(x) for x in (run / f'{n}.txt').read_text().split()] for n in ('01_a', '02_b', '03_c'))
+    assert (max(a[0], b[0]) < min(a[1], b[1])) == (jobs == 2) and c[0] > max(a[1], b[1])
+    assert list(manifest['stages']) == ['01_a', '02_b', '03_c'] and all(s['state'] == 'done' and s['peak_mb'] > 10 for s in manifest['stages'].values())
+    assert not list(run.glob('.kernels*')) and not list(run.glob('.progress*'))
+
+
+def test_a_chapter_that_fails_stops_the_other(three, tmp_path):
+    root, run = three(a='1 / 0', b='time.sleep(300)'), tmp_path / 'r'
+    began = time.time()
+    with pytest.raises(book.StageFailed, match='01_a failed with ZeroDivisionError'): book.run_chain(run, 'smoke', ['pong'], root=root, jobs=2)
+    stages = json.loads((run / 'manifest.json').read_text())['stages']
+    assert time.time() - began < 100 and {n: s['state'] for n, s in stages.items()} == {'01_a': 'failed', '02_b': 'stopped'} and stages['02_b']['error'] == 'another chapter failed'
+    assert not list(run.glob('.kernels*')) and not book.busy(run) and not [p for p in psutil.Process().children(recursive=True) if 'ipykernel' in ' '.join(p.cmdline())]
+    three()
+    book.run_chain(run, 'smoke', ['pong'], root=root, jobs=2)                   # and the same command goes on
+    assert json.loads((run / 'manifest.json').read_text())['stages']['03_c']['state'] == 'done'
+
+
+def test_two_chapters_may_save_at_once(tmp_path):
+    "The index and the joined metrics of a run lose nothing when several processes write to them at the same time."
+    code = f"""import sys, numpy as np; from atari_hrvq.core import Stage
+stage = Stage(sys.argv[1], {str(tmp_path)!r}, 'smoke', ['pong'], 0)
+for i in range(25): stage.save(f'{{sys.argv[1]}}-{{i}}', {{'x': np.zeros(3)}})
+stage.metric('one', 1.); stage.done()"""
+    names = ['01_frames', '06_moe', '09_ppo']
+    jobs = [subprocess.Popen([BIN / 'python', '-c', code, n], env=ENV) for n in names]
+    assert all(j.wait(120) == 0 for j in jobs)
+    assert len(json.loads((tmp_path / 'artifacts' / 'index.json').read_text())) == 75
+    assert {json.loads(line)['chapter'] for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()} == set(names)
 
 
 def test_a_sweep_is_one_run_a_seed_here_and_as_jobs(tmp_path, capsys, monkeypatch):
@@ -185,7 +235,7 @@ def test_a_cell_that_is_not_python_is_named(tmp_path):
 def test_stop_and_second_chain(tmp_path, capsys):
     run = tmp_path / 'r'
     chain = subprocess.Popen([COMMAND, 'run', '--run', run, '--profile', 'smoke', '--from', '06', '--to', '06'], cwd=ROOT, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    kernels = wait_for(lambda: (run / '.kernels').exists() and json.loads((run / '.kernels').read_text() or '[]'))
+    kernels = wait_for(lambda: (run / '.kernels-06_moe').exists() and json.loads((run / '.kernels-06_moe').read_text() or '[]'))
     sentence(capsys, ['run', '--run', run, '--profile', 'smoke'], 'is in use by another chain')
     assert book.busy(run)
     chain.send_signal(signal.SIGINT)
@@ -327,7 +377,7 @@ def test_kill_and_resume_is_bitwise(copy, chapter, checkpoint):
     wait_for(path.exists)
     for p in [*psutil.Process(chain.pid).children(recursive=True), chain]: p.kill()
     chain.wait()
-    state = load_tree(path)
+    state = load_checkpoint(path)
     assert 0 < state['step'] < 1000 and json.loads((copy / 'manifest.json').read_text())['stages'][chapter]['state'] == 'running'
     assert re.search(rf'{chapter}\s+killed', str(book.status_table(copy)))
     done = shell('run', '--run', copy, '--profile', 'smoke', '--to', chapter)

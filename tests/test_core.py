@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as hs
 from atari_hrvq import core
-from atari_hrvq.core import BookError, FitConfig, Stage, fit, load_tree, pack, save_tree, unpack, write_atomic
+from atari_hrvq.core import BookError, FitConfig, Stage, fit, load_checkpoint, load_tree, pack, save_checkpoint, save_tree, unpack, write_atomic
 
 leaves = hs.one_of(hs.none(), hs.booleans(), hs.integers(-2**40, 2**40), hs.floats(allow_nan=False, allow_infinity=False), hs.text(max_size=8))
 trees = hs.recursive(leaves, lambda t: hs.one_of(hs.lists(t, max_size=3), hs.dictionaries(hs.one_of(hs.text(max_size=4), hs.integers(0, 9)), t, max_size=3)), max_leaves=12)
@@ -95,6 +95,33 @@ def test_resume_is_bitwise(tmp_path, kill_at):
     torch.manual_seed(7); again = Net(Net.Config())
     assert fit(again, batch, c, checkpoint=tmp_path / 'c') == expected
     assert torch.equal(again.f.weight, whole.f.weight) and torch.equal(again.f.bias, whole.f.bias)
+
+
+def test_a_large_checkpoint_is_small_files_and_whole_at_any_moment(tmp_path, monkeypatch):
+    "40 MB of arrays, no file beyond 16 MiB; a kill between its files leaves the state before it; a piece that is damaged is named; old pieces go."
+    state = lambda seed: {'model': {f'w{i}': torch.randn(2**18, generator=torch.Generator().manual_seed(seed + i)) for i in range(40)}, 'history': [{'step': seed}]}
+    path, same = tmp_path / 'x-fit.safetensors', lambda a, b: a['history'] == b['history'] and all(torch.equal(v, b['model'][k]) for k, v in a['model'].items())
+    save_checkpoint(path, 'm', state(0))
+    files = list(tmp_path.iterdir())
+    assert len(files) == 3 and max(f.stat().st_size for f in files) < 16 * 2**20 and all(f.name.startswith('x-fit.') for f in files)
+    assert same(state(0), load_checkpoint(path, 'm')) and load_checkpoint(path, 'other') is None
+    original, calls = core.write_atomic, []
+
+    def dies(*a):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+        original(*a)
+    monkeypatch.setattr(core, 'write_atomic', dies)
+    with pytest.raises(KeyboardInterrupt): save_checkpoint(path, 'm', state(100))
+    monkeypatch.undo()
+    assert same(state(0), load_checkpoint(path, 'm'))
+    save_checkpoint(path, 'm', state(100))
+    assert same(state(100), load_checkpoint(path, 'm')) and len(list(tmp_path.iterdir())) == 3
+    piece = next(f for f in tmp_path.iterdir() if f != path)
+    piece.write_bytes(piece.read_bytes()[:-4])
+    with pytest.raises(BookError, match=f'{piece.name} is missing or damaged: delete .*x-fit.safetensors'): load_checkpoint(path, 'm')
+    save_checkpoint(path, 'm', {'step': 1})
+    assert load_checkpoint(path, 'm')['step'] == 1 and list(tmp_path.iterdir()) == [path]
 
 
 def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path):

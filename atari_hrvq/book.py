@@ -134,12 +134,12 @@ class Running:
     def line(self, short=False):
         "Label, what is going on, share done, time left; only the name, the share and the time if `short`."
         try: r = json.loads(self.report.read_text())
-        except (OSError, ValueError): return f'{self.label}  starting'
+        except (OSError, ValueError): return f'{self.label.rstrip()} starting' if short else f'{self.label}  starting'
         if r['desc'] != self.desc or r['done'] < self.seen: self.desc, self.since, self.at = r['desc'], time.time(), r['done']      # another loop, or the same one again
         self.seen, part = r['done'], r['done'] / max(1, r['total'])
         rate = (r['done'] - self.at) / max(1e-9, time.time() - self.since)
         left = f'{clock((r["total"] - r["done"]) / rate)} left' if rate > 0 else ''
-        return f'{self.label} {r["desc"]:.24} {part:4.0%} {left}' if short else f'{self.label}  {r["desc"]:<28.28} [{"#" * int(20 * part):.<20}] {part:4.0%} {left:>10}'
+        return f'{self.label.rstrip()} {r["desc"]:.24} {part:.0%} {left}'.rstrip() if short else f'{self.label}  {r["desc"]:<28.28} [{"#" * int(20 * part):.<20}] {part:4.0%} {left:>10}'
     def end(self): end_processes([p.pid, born] for p, born in list(self.kids.items()))
     def close(self):
         for p in (self.report, self.pids): p.unlink(missing_ok=True)

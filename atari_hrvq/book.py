@@ -275,7 +275,7 @@ def execute(root, folder, name, parameters, environment):
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
-    logging.getLogger('papermill').setLevel(logging.ERROR)
+    logging.getLogger('papermill').setLevel(logging.CRITICAL)          # what it would say of a kernel that died is said below
     source, target = root / 'nbs' / f'{name}.ipynb', folder / 'notebooks' / f'{name}.ipynb'
     known = papermill.inspect_notebook(str(source))
     for p in parameters: choices(f'parameter of {name}', p, list(known))

@@ -1,5 +1,5 @@
 # atari_hrvq: every target stands on its own and can be called again.
-#   make reproduce   the whole book at the laptop profile (two CPU cores, less than 20 minutes)
+#   make reproduce   the whole book at the laptop profile (two CPU cores, about 20 minutes)
 #   make test        the tests, the smoke chain among them
 #   make test-browser  the widgets in a headless Chromium: the exported page, the player, JupyterLab
 #   make docs        the pages of the book in _docs/, from the finished run $(RUN)

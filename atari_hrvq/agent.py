@@ -205,7 +205,8 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
 
     After each round the whole state is a checkpoint and the new episodes are stored as seeds and actions. `agent.real_steps` counts on;
     `known` steps a game of `replay` are in it already. In the last round the learning rate of PPO falls to zero."""
-    history, curves, games, agent.policy.config.mix = [], [], agent.games, c.mix
+    history, curves, games = [], [], agent.games
+    agent.policy.config.mix = c.mix
     steps, before = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known
     for r in range(c.rounds + 1):
         path, last = stage.checkpoint(f'round-{r}'), r == c.rounds
@@ -216,11 +217,12 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
             ppo.load_state(saved['ppo']); history, curves = saved['history'], saved['curves']
             episodes = {} if last else {g: load_stored(stage, f'{name}-replay-{g}-{r}') for g in replay}
         else:
-            data, recent = study(stage, agent, replay, c, r, fed=steps() > known)
+            fed = steps() > known
+            data, recent = study(stage, agent, replay, c, r, fed)
             curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), falling=last, desc=f'round {r}: dreaming')
             curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
             tail = curve[-max(1, len(curve) // 5):]
-            row = {'round': r, **({} if steps() > known else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
+            row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
             episodes = {} if last else play(agent, list(replay), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')
             for g, e in episodes.items():
                 store_episodes(stage, f'{name}-replay-{g}-{r}', e)

@@ -317,7 +317,7 @@ def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None,
 
 # %% ../nbs/91_book.ipynb #run-stages
 def _run(root, folder, parameters, stages, a, forced, out, jobs):
-    path, began, asked = folder / 'manifest.json', time.time(), [s.name for s in stages[a:]]
+    path, began = folder / 'manifest.json', time.time()
     manifest = read_json(path, {})
     done, needed = manifest.setdefault('stages', {}), upstream(stages[a:])
     manifest.update(versions=versions(), hardware=hardware(), **parameters, notebooks={s.name: file_hash(root / 'nbs' / f'{s.name}.ipynb') for s in stages})
@@ -333,7 +333,7 @@ def _run(root, folder, parameters, stages, a, forced, out, jobs):
         require(old.get('state') == 'done', f'{folder} lacks chapter {s.name}, which later ones need: run it first (--from {s.name})')
         require(old['key'] == key(s), f'chapter {s.name}, or what it is made from, has changed since it ran in {folder}: run from there (--from {s.name})')
         check_files(folder, s.name, old['files'])
-    order, left, running = sorted(stages[a:], key=lambda s: -sum(s.name in upstream([t]) for t in stages)), set(asked), {}
+    order, left, running = sorted(stages[a:], key=lambda s: -sum(s.name in upstream([t]) for t in stages)), {s.name for s in stages[a:]}, {}
     with Watch(folder, began, out) as watch, ThreadPoolExecutor(jobs) as pool, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         def over(futures):

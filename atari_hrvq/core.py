@@ -6,7 +6,7 @@
 from __future__ import annotations
 import hashlib, io, json, math, os, sys, time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ __all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'BookE
            'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'precision', 'count_parameters', 'symlog',
            'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic', 'write_json', 'save_tree',
            'load_arrays', 'load_tree', 'file_hash', 'Pretrained', 'load_weights', 'progress', 'Monitor', 'FitConfig',
-           'learning_rate', 'make_adamw', 'fit', 'fingerprint', 'save_checkpoint', 'load_checkpoint', 'plot_history',
-           'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number', 'Table',
-           'bootstrap_mean']
+           'learning_rate', 'make_adamw', 'settings', 'fit', 'fingerprint', 'save_checkpoint', 'load_checkpoint',
+           'plot_history', 'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number',
+           'Table', 'bootstrap_mean']
 
 # %% ../nbs/00_core.ipynb #errors
 class BookError(Exception):
@@ -302,16 +302,22 @@ def make_adamw(module, c):
     return torch.optim.AdamW([g for g in groups if g['params']], c.lr, betas=tuple(c.betas), fused=True)
 
 # %% ../nbs/00_core.ipynb #fit-loop
+def settings(module):
+    "What shapes do not say of a network: the configurations and plain attributes of all its parts."
+    plain = lambda v: is_dataclass(v) or isinstance(v, (bool, int, float, str, tuple, list, dict))
+    return [{k: asdict(v) if is_dataclass(v) else v for k, v in vars(m).items() if k != 'training' and not k.startswith('_') and plain(v)} for m in module.modules()]
+
 def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', callback=None):
     """Train `module` for `config.steps` steps; returns the history, a list of dicts with `step`, `loss` and the metrics.
 
     `batch(rng)` returns the arguments of `module.loss`, which returns `(scalar loss, dict of scalars)`.
     `callback(step, module)` runs before each step (k-means starts, schedules). With `checkpoint` (a path) the loss is drawn live and the loop
-    resumes from there bitwise if the file was made by the same code and configuration, and starts afresh otherwise.
+    resumes from there bitwise if the file was made by the same code, configuration and settings of the module, and starts afresh otherwise. What `batch` draws
+    is not asked: give other data another checkpoint.
     Raises `BookError` at a loss that is not finite; the last checkpoint stays."""
     device = next(module.parameters()).device
     opt, history, first = make_adamw(module, config), [], 0
-    mark = fingerprint({k: v for k, v in asdict(config).items() if k != 'checkpoint_s'}, seed, [[k, list(v.shape)] for k, v in module.state_dict().items()])
+    mark = fingerprint({k: v for k, v in asdict(config).items() if k != 'checkpoint_s'}, seed, desc, settings(module), [[k, list(v.shape)] for k, v in module.state_dict().items()])
     saved = load_checkpoint(checkpoint, mark)
     if saved:
         module.load_state_dict(saved['module']); opt.load_state_dict(saved['opt'])

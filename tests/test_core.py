@@ -97,6 +97,22 @@ def test_resume_is_bitwise(tmp_path, kill_at):
     assert torch.equal(again.f.weight, whole.f.weight) and torch.equal(again.f.bias, whole.f.bias)
 
 
+def test_another_setting_of_the_module_starts_afresh(tmp_path):
+    "A field of the configuration that changes no shape, or a plain attribute of a part, must not bring back the weights that were trained without it; the same ones do."
+    class Goal(torch.nn.Module):
+        def __init__(self, goal):
+            super().__init__()
+            self.w, self.inner = torch.nn.Parameter(torch.zeros(1)), torch.nn.Dropout(0.); self.goal = goal
+        def loss(self, x): return (self.w - self.goal).square().sum(), {}
+    def trained(goal, rate=0.):
+        m = Goal(goal); m.inner.p = rate; steps = []
+        fit(m, batch, FitConfig(steps=30, lr=.1), checkpoint=tmp_path / 'c', callback=lambda k, _: steps.append(k))
+        return len(steps), m.w.item()
+    assert trained(1.)[0] == 30 and trained(1.)[0] == 0
+    again, w = trained(-1.)
+    assert again == 30 and w < 0 and trained(-1., .5)[0] == 30
+
+
 def test_a_large_checkpoint_is_small_files_and_whole_at_any_moment(tmp_path, monkeypatch):
     "40 MB of arrays, no file beyond 16 MiB; a kill between its files leaves the state before it; a piece that is damaged is named; old pieces go."
     state = lambda seed: {'model': {f'w{i}': torch.randn(2**18, generator=torch.Generator().manual_seed(seed + i)) for i in range(40)}, 'history': [{'step': seed}]}

@@ -28,7 +28,8 @@ def count_table(codes, game, games, size=256):
     table = np.zeros((games, size))
     np.add.at(table, (np.asarray(game), np.asarray(codes, np.int64)), 1.)
     require((table.sum(1) > 0).all(), 'every game needs at least one code: one of them has none')
-    return table * (table.sum() / games / table.sum(1, keepdims=True))
+    n = table.sum(1)
+    return table * (games / (1 / n).sum() / n)[:, None]                # in all as many as would tell as much if each game had its share: the rare game decides the bias
 
 def game_information(table):
     "Bits I(game; code) of a count table [G, K], with the Miller-Madow bias taken off (can be slightly below 0)."
@@ -340,11 +341,13 @@ def few_shot(quantizer, cells, epochs=(0, 1, 2), seed=0, batch=4096):
 
 # %% ../nbs/05_shared.ipynb #bootstrap
 def bootstrap_episodes(codes, game, episode, statistic, draws=100, seed=0):
-    "`(lo, hi)`: 95% percentile bootstrap of `statistic(codes, game)`, resampling whole episodes within each game. A game with a single episode is kept as it is."
+    """`(lo, hi)`: 95% bootstrap of `statistic(codes, game)`, resampling whole episodes within each game. A game with a single episode is kept as it is.
+    Centred on the value itself: an episode drawn twice looks like more evidence, which moves information upwards and meaning downwards."""
     rng, values = rng_for(seed, 'episodes'), []
     rows = {e: np.flatnonzero(episode == e) for e in np.unique(episode)}
     of = {g: [e for e in rows if game[rows[e][0]] == g] for g in np.unique(game)}
     for _ in range(draws):
         take = np.concatenate([rows[e] for es in of.values() for e in rng.choice(es, len(es))])
         values.append(statistic(codes[take], game[take]))
-    return tuple(float(x) for x in np.quantile(values, [.025, .975]))
+    values = np.array(values)
+    return tuple(float(x) for x in np.quantile(values - values.mean() + statistic(codes, game), [.025, .975]))

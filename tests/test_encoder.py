@@ -54,7 +54,7 @@ def test_every_objective_alone_teaches_the_encoder(episodes, batch, name):
     assert float(t.train().loss(*batch)[0].detach()) < before
 
 
-def test_only_their_own_objective_moves_the_keypoints(episodes, batch):
+def test_only_their_own_objective_trains_the_attention_of_the_keypoints(episodes, batch):
     for name, moves in (('time', False), ('keypoints', True)):
         t = training(episodes, weights={name: 1.})
         t.loss(*batch)[0].backward()

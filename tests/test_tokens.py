@@ -138,7 +138,7 @@ def test_two_processes_make_the_codebook_of_one(tmp_path):
         if 'started' not in k and 'random' not in k: assert np.allclose(states[0][k], v, atol=1e-4), k
 
 
-@pytest.mark.parametrize('x, message', [(torch.full((3, 16), float('inf')), 'NaN or infinite'), (torch.zeros(3, 5), r'\[N, 16\]'), (torch.zeros(0, 16), 'N > 0')])
+@pytest.mark.parametrize('x, message', [(torch.full((3, 16), float('inf')), 'NaN or infinite'), (torch.full((3, 16), float('nan')), 'NaN or infinite'), (torch.zeros(3, 5), r'\[N, 16\]'), (torch.zeros(0, 16), 'N > 0')])
 def test_bad_vectors_leave_the_state(x, message):
     q, _ = trained(); before = {k: v.clone() for k, v in q.state_dict().items()}
     for call in (q.encode, lambda x: q.train()(x)):
@@ -179,10 +179,20 @@ def test_information_does_not_depend_on_sample_size():
     assert abs(values[0] - values[1]) < .05 * values[1]
 
 
-def test_bootstrap_resamples_episodes():
+def test_bootstrap_resamples_episodes_and_is_centred_on_the_value():
     codes, game, episode = np.repeat([0, 1, 2, 3], 50), np.repeat([0, 0, 1, 1], 50), np.repeat([0, 1, 2, 3], 50)
-    lo, hi = bootstrap_episodes(codes, game, episode, lambda c, g: float(len(np.unique(c))), 50)
-    assert lo == 2 and hi == 4
+    lo, hi = bootstrap_episodes(codes, game, episode, lambda c, g: float(c.mean()), 200)              # 0 or 1 twice, 2 or 3 twice: means of 1 to 2
+    assert abs(lo - 1) < .1 and abs(hi - 2) < .1
+    codes, game, episode = np.random.default_rng(0).integers(0, 60, 600), np.repeat([0, 1], 300), np.repeat(np.arange(20), 30)
+    information = lambda c, g: game_information(count_table(c, g, 2, 60))                             # an episode drawn twice looks like evidence: uncentred, the interval lies above
+    lo, hi = bootstrap_episodes(codes, game, episode, information, 100)
+    assert lo <= information(codes, game) <= hi
+
+
+def test_bits_about_the_game_do_not_grow_with_unequal_counts():
+    rng = np.random.default_rng(0)
+    said = [game_information(count_table(rng.integers(0, 100, sum(n)), np.repeat([0, 1, 2], n), 3, 100)) for n in ((2_000, 2_000, 2_000), (600, 1_500, 10_000)) for _ in range(5)]
+    assert max(map(abs, said)) < .02
 
 
 def test_motion_equals_a_plain_loop():

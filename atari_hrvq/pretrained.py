@@ -5,10 +5,10 @@
 # %% ../nbs/14_pretrained.ipynb #imports
 from __future__ import annotations
 import base64, io, json, shutil, tempfile
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
-from IPython.display import HTML
 from PIL import Image
 from .agent import Agent, head, packed_replay, shipped_replay
 from .claims import ledger
@@ -22,8 +22,9 @@ from .hrvq import Tokenizer
 from .world import WorldModel, tokenise
 
 # %% auto #0
-__all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'halved', 'seal', 'pack', 'compared', 'verify', 'score',
-           'film', 'film_strip', 'fidelity_of_play', 'joined', 'memory_of', 'ship_agent', 'loop_seconds', 'agent_card']
+__all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'halved', 'seal', 'replace_folder', 'pack', 'compared',
+           'verify', 'score', 'film', 'film_strip', 'fidelity_of_play', 'joined', 'memory_of', 'ship_agent',
+           'loop_seconds', 'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -57,7 +58,7 @@ def halved(agent, folder):
     folder = Path(folder)
     agent.tokenizer.save_pretrained(folder / 'tokenizer', torch.float16)
     tokenizer = Tokenizer.from_pretrained(folder / 'tokenizer')
-    world = WorldModel(agent.world.config); world.load_state_dict(agent.world.state_dict())
+    world = WorldModel(replace(agent.world.config)); world.load_state_dict(agent.world.state_dict())
     world.follow(tokenizer)
     Agent(tokenizer, world, agent.policy.cpu(), agent.context, agent.real_steps).save_pretrained(folder, torch.float16)
     return Agent.from_pretrained(folder)
@@ -66,6 +67,14 @@ def seal(folder, made):
     "Write the manifest of `folder`: what it was `made` from, and the hash of every other file in it."
     files = sorted(p for p in folder.rglob('*') if p.is_file() and p.name != 'manifest.json')
     write_json(folder / 'manifest.json', {'made': made, 'files': {str(p.relative_to(folder)): file_hash(p) for p in files}})
+
+def replace_folder(new, folder):
+    "Put the folder `new` in the place of `folder` by two renames, so that one of them is whole at any moment."
+    old = folder.with_name(f'.{folder.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists(): folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 def pack(agent, folder, contexts, scores, made, steps=15, seed=0, replay=None):
     """Write `agent` as a folder to ship; an older folder of that name is replaced once the new one is whole. Returns what a reader will load.
@@ -82,8 +91,7 @@ def pack(agent, folder, contexts, scores, made, steps=15, seed=0, replay=None):
     if replay: save_tree(new / 'replay.safetensors', replay)
     write_json(new / 'scores.json', scores)
     seal(new, made)
-    if folder.exists(): shutil.rmtree(folder)
-    new.rename(folder)
+    replace_folder(new, folder)
     return Agent.from_pretrained(folder)
 
 # %% ../nbs/14_pretrained.ipynb #verify
@@ -163,6 +171,7 @@ def film_strip(folder, frames=40):
     buffer = io.BytesIO()
     pictures[0].save(buffer, 'GIF', save_all=True, append_images=pictures[1:], duration=1000 // 15, loop=0)
     words = ', '.join(f'{g}: left the real game, right its dream' for g in games)
+    from IPython.display import HTML                                # a notebook has it; who only plays or verifies needs not
     return HTML(f'<img alt="{words}" style="width:100%;image-rendering:pixelated" src="data:image/gif;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
 
 # %% ../nbs/14_pretrained.ipynb #fidelity
@@ -219,15 +228,19 @@ def ship_agent(run, folder, made, episodes=30):
     config = read_json(run / 'run.json', {})
     require((run / 'stages' / '10_agent.json').exists(), f'chapter 10_agent, which makes the agent, is not finished in {run}: run it to its end first')
     went_on = config.get('start', 'scratch') != 'scratch'                # from earlier weights, whose record goes before
+    origin = repo_path('pretrained') / SHIPPED['agent']
+    told = [json.loads(line) for line in (run / 'metrics' / '10_agent.jsonl').read_text().splitlines()]
+    recipe = next((r for r in told if r.get('curve') == 'recipe'), {})
+    require(not went_on or recipe.get('went on from') == file_hash(origin / 'manifest.json'), f'{origin} is not the agent that {run} went on from: restore that one, or this run is shipped already')
     stage = Stage('11_evaluate', run, config['profile'], config['games'], config['seed'])
     agent = stage.load('agent', Agent)
     files, played, replay = memory_of(stage, agent, went_on)
     codes = {g: tokenise(agent.tokenizer, es[-1]) for g, es in played.items()}
     known = {g: fidelity_of_play(agent.tokenizer, es[-3:], seed=stage.seed) for g, es in played.items() if len(es) > 1}
     contexts = Contexts(codes, agent.games, agent.context)(2 * len(stage.games), rng_for(stage.seed, 'stored dream'))
-    steps = {r['name']: r for r in map(json.loads, (run / 'metrics' / '10_agent.jsonl').read_text().splitlines()) if 'name' in r}['real_steps']['value']
-    earlier = read_json(folder / 'manifest.json', {}).get('made') if went_on else None
-    made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'learned from': files, 'known from the codes': known}
+    steps = {r['name']: r for r in told if 'name' in r}['real_steps']['value']
+    earlier = read_json(origin / 'manifest.json')['made'] if went_on else None
+    made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'recipe': {k: v for k, v in recipe.items() if k not in ('chapter', 'curve', 'went on from')}, 'learned from': files, 'known from the codes': known}
     if earlier: made['went on from'] = earlier                        # its hashes, hardware and seconds, and what it went on from itself
     with tempfile.TemporaryDirectory() as t:
         halved(agent, t)
@@ -235,7 +248,7 @@ def ship_agent(run, folder, made, episodes=30):
         for g in stage.games:
             ours, chance = score(t, g, episodes, derive(stage.seed, 'scores'))
             scores[g] = {**{k: ours[k] for k in ('mean', 'lo', 'hi', 'episodes', 'cut short', 'agent steps')}, 'seed': derive(stage.seed, 'scores'), 'random': chance['mean'], 'random lo': chance['lo'], 'random hi': chance['hi']}
-    before = read_metrics(folder) if went_on and (folder / 'metrics.jsonl').exists() else []
+    before = read_metrics(origin) if went_on else []
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as staging:         # the old folder stays until the new one is whole
         new = Path(staging) / folder.name
@@ -247,8 +260,7 @@ def ship_agent(run, folder, made, episodes=30):
         write_json(new / 'claims.json', ledger(rows, config['profile']))
         write_atomic(new / 'README.md', agent_card(new))
         seal(new, made)                                             # again: the films and the card are files too
-        if folder.exists(): shutil.rmtree(folder)
-        new.rename(folder)
+        replace_folder(new, folder)
     return folder
 
 def loop_seconds(made):
@@ -259,7 +271,7 @@ def agent_card(folder):
     "Markdown: how to load the agent, what it scores, what it was made from, what it cannot do."
     made, scores = read_json(folder / 'manifest.json')['made'], read_json(folder / 'scores.json')
     rows = [{'game': g, 'score': s['mean'], '95% interval': f'{s["lo"]:.1f} to {s["hi"]:.1f}', 'random play': s['random'], 'its interval': f'{s["random lo"]:.1f} to {s["random hi"]:.1f}', 'episodes': s['episodes'], 'cut short': s['cut short']} for g, s in scores.items()]
-    told = {**{k: v for k, v in made.items() if k not in ('learned from', 'games', 'known from the codes', 'went on from')}, 'seconds of the loop': round(loop_seconds(made), 1)}
+    told = {**{k: v for k, v in made.items() if k not in ('learned from', 'games', 'known from the codes', 'went on from', 'recipe')}, **{f'recipe: {k}': v for k, v in made.get('recipe', {}).items()}, 'seconds of the loop': round(loop_seconds(made), 1)}
     known = [{'game': g, 'variable': k, 'R^2 from the codes': v, 'untrained tokenizer': null} for g, found in made.get('known from the codes', {}).items() for k, (v, null) in found.items()]
     seen = f'What a probe reads from its codes on frames of its last round of play (it learned from the rounds before; 1: exact, 0: no better than the mean), beside the codes of a tokenizer that never learned. Only where the first is clearly above the second did training help:\n\n{Table(known, digits=2)._repr_markdown_()}\n' if known else ''
     badly = [f'{r["variable"]} ({r["game"]})' for r in known if r['R^2 from the codes'] < .5]

@@ -117,6 +117,43 @@ def test_packing_again_replaces_the_folder(folder):
     assert not (folder / 'stray').exists() and Agent.from_pretrained(folder).tokenizer.hash() != before and all(r['ok'] for r in verify(folder))
 
 
+def test_shipping_keeps_the_record_of_the_agent_it_went_on_from_and_is_done_once(tmp_path, monkeypatch):
+    "Under another label the record is still that of the agent it went on from; in its place, a second time is refused before anything is written."
+    import json
+    from atari_hrvq.core import file_hash, read_json, write_json
+    from atari_hrvq.pretrained import ship_agent
+    parts = [collect('pong', RandomPolicy('pong'), 120, s) for s in (0, 1)]
+    origin, rows = tmp_path / 'three-games', [{'chapter': '10_agent', 'curve': 'rounds', 'round': 0, 'real_steps': 120}, {'chapter': '10_agent', 'curve': 'dream', 'round': 0, 'step': 0, 'dream_reward': .1}]
+    agent = make(); agent.real_steps = 120; agent.tokenizer.background.measure({'pong': parts[0]})
+    pack(agent, origin, CONTEXTS, {}, {'profile': 'smoke', 'seconds of the loop': 7.}, steps=5, replay=pack_replay({'pong': parts[:1]}))
+    (origin / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows)); (origin / 'README.md').write_text('')
+    monkeypatch.setattr(pretrained, 'repo_path', lambda p: tmp_path)
+    monkeypatch.setattr(pretrained, 'score', lambda *a, **k: [{'mean': -20., 'lo': -21., 'hi': -19., 'episodes': 1, 'cut short': 0, 'agent steps': 9}] * 2)
+    monkeypatch.setattr(pretrained, 'film', lambda agent, episodes, path: path.write_bytes(b'GIF89a'))
+    run = tmp_path / 'run'; stage = Stage('10_agent', run, 'smoke', ('pong',), 0, 'pretrained'); agent.real_steps = 240
+    stage.save('agent', agent); store_episodes(stage, 'agent-first-pong', parts[1])
+    stage.curve('rounds', [{'round': 0, 'real_steps': 240}]); stage.curve('dream', [{'round': 0, 'step': 0, 'dream_reward': .2}]); stage.curve('recipe', [{'last': 4, 'went on from': file_hash(origin / 'manifest.json')}])
+    stage.metric('real_steps', 240, cell='x'); stage.done(); write_json(run / 'run.json', {'profile': 'smoke', 'games': ['pong'], 'seed': 0, 'start': 'pretrained'})
+    for folder in (tmp_path / 'mine', origin):
+        ship_agent(run, folder, {})
+        made = read_json(folder / 'manifest.json')['made']
+        assert made['went on from']['seconds of the loop'] == 7. and made['recipe'] == {'last': 4} and 'recipe: last' in (folder / 'README.md').read_text()
+        told = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+        assert [r['real_steps'] for r in told if r.get('curve') == 'rounds'] == [120, 240] and [len(p['actions']) for p in load_tree(folder / 'replay.safetensors')['pong']] == [120, 120]
+    before = {f: f.read_bytes() for f in origin.rglob('*') if f.is_file()}
+    with pytest.raises(BookError, match='is not the agent that .* went on from'): ship_agent(run, origin, {})
+    assert before == {f: f.read_bytes() for f in origin.rglob('*') if f.is_file()}
+
+
+def test_every_shipped_agent_is_whole_and_named_on_the_page():
+    import json
+    shipped = sorted(p.parent for p in repo_path('pretrained').glob('*/manifest.json'))
+    for f in shipped: assert [r for r in verify(f)[:-1] if not r['ok']] == []                           # the dream may differ on another processor
+    page = next(c for c in json.loads(repo_path('nbs/14_pretrained.ipynb').read_text())['cells'] if c['id'] == 'shipped')
+    said = json.dumps(page['outputs'])
+    assert len(shipped) >= 2 and all(f.name in said for f in shipped)
+
+
 def test_a_film_shows_the_real_frames_beside_the_dream(tmp_path):
     import numpy as np
     from PIL import Image, ImageSequence

@@ -138,6 +138,6 @@ def ledger_over(folders):
         each = [claim_row([r for r in metrics if r.get('claim') == c.id]) for metrics in found]
         if not all(each): continue
         values, nulls, notes, seeds = [r['value'] for r in each], [r.get('null') for r in each], [str(r.get('note')) for r in each], sum(r.get('seeds') or 1 for r in each)
-        said = all(n.startswith('decisive') for n in notes) or seeds < 3 and notes[0].startswith('too few')
+        said = all(n.startswith('decisive') for n in notes) or notes[0].startswith('too few') and (seeds < 3 or not notes[0].startswith('too few seeds'))
         rows.append({**each[0], 'game': None, 'value': sum(values) / len(each), 'lo': min(ends('lo', each)), 'hi': max(ends('hi', each)), 'null': None if None in nulls else sum(nulls) / len(each), 'seeds': seeds, 'note': notes[0] if said else ''})
     return ledger(rows, made[0]['profile'])

@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from PIL import Image
-from .core import BookError, Stage, progress, require, rng_for, write_atomic
+from .core import BookError, Stage, choices, progress, require, rng_for, write_atomic
 from .encoder import fit_probe
 from .frames import ACTIONS, LegalActions, action_mask, load_episodes, state_labels
 from .hrvq import BALL_BOX, Tokenizer, ball_position
 from .world import WorldModel, f1, load_tokens, token_batches
 
 # %% auto #0
-__all__ = ['Contexts', 'observation_size', 'observe', 'DreamVectorEnv', 'DreamEnv', 'make_dream', 'OpenLoop', 'open_loop',
-           'position_probes', 'extrapolate', 'dream_gif', 'reliability']
+__all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'DreamVectorEnv', 'DreamEnv', 'make_dream', 'OpenLoop',
+           'open_loop', 'position_probes', 'extrapolate', 'untouched_within', 'events_ahead', 'meetings', 'told_apart',
+           'dream_gif', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -29,7 +30,9 @@ class Contexts:
     `data`: {game: Tokens} in the order of the world model's games. `recent`: {game: first index of the newest data}, from which half are then drawn.
     Calling it with `(n, rng)` gives codes uint8 [n, C, P, L], actions int64 [n, C-1], game int64 [n]."""
     def __init__(self, data, games, length=8, hot=.6, reach=16, recent=None):
-        self.data, self.length, self.share = data, length, hot
+        require(length >= 2 and reach >= 1 and 0 <= hot <= 1, f'a context has at least 2 frames, hot is a share from 0 to 1 and reach at least 1 step, got length {length}, hot {hot} and reach {reach}')
+        for g in data: choices('game of the world model', g, games)
+        self.data, self.length, self.share, self.reach, self.recent = data, length, hot, reach, recent
         self.ids, self.plain, self.hot = [games.index(g) for g in data], {}, {}
         for g, d in data.items():
             start = d.windows(length)
@@ -68,6 +71,7 @@ class DreamVectorEnv(gym.vector.VectorEnv):
     def __init__(self, world, contexts, num_envs, horizon=16, temperature=(.5, 0., 0.), tensors=False, tokenizer=None):
         if tokenizer is not None: world.check_tokenizer(tokenizer)
         require(isinstance(temperature, (tuple, list)) and len(temperature) == world.config.levels and min(temperature) >= 0, f'expected one temperature from 0 on for each of {world.config.levels} levels, got {temperature}')
+        require(num_envs >= 1, f'num_envs must be at least 1, got {num_envs}')
         self.world, self.contexts, self.num_envs, self.horizon, self.temperature, self.tensors, self.tokenizer = world, contexts, num_envs, horizon, temperature, tensors, tokenizer
         self.render_mode = 'rgb_array' if tokenizer is not None else None
         self.device = next(world.parameters()).device
@@ -78,6 +82,7 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         self.cache, self.rng = None, np.random.default_rng(0)
 
     def reset(self, *, seed=None, options=None):
+        require(seed is None or seed >= 0, f'a seed is 0 or more, got {seed}')
         mask = None if options is None else options.get('reset_mask')
         if seed is not None or self.cache is None:
             self.rng = np.random.default_rng(seed)
@@ -122,7 +127,7 @@ class DreamVectorEnv(gym.vector.VectorEnv):
     def _info(self): return {'action_mask': self._out(self.masks[self.cache.game]), 'game': self._out(self.cache.game)}
 
     def render(self):
-        "uint8 [n, 84, 84, 3]: what the dreams look like now; needs the tokenizer."
+        "What the dreams look like now: a tuple of n pictures, uint8 [84, 84, 3]; needs the tokenizer."
         require(self.tokenizer is not None, 'a dream without its tokenizer has no picture: pass tokenizer=')
         gray = self.tokenizer.decode(self.cache.codes.to(torch.uint8), self.cache.game).round().byte().cpu().numpy()
         return tuple(np.repeat(gray[..., None], 3, -1))
@@ -133,7 +138,7 @@ class DreamEnv(gym.Env):
     metadata = {'render_modes': ['rgb_array'], 'render_fps': 15}
     def __init__(self, world, contexts, game, horizon=50, temperature=(.5, 0., 0.), tokenizer=None, render_mode=None):
         require(game in contexts.data, f'there are no contexts of {game!r}: expected one of {", ".join(contexts.data)}')
-        only = Contexts({game: contexts.data[game]}, list(world.config.games), contexts.length, contexts.share)
+        only = Contexts({game: contexts.data[game]}, list(world.config.games), contexts.length, contexts.share, contexts.reach, contexts.recent)
         self.dreams = DreamVectorEnv(world, only, 1, horizon, temperature, tokenizer=tokenizer)
         self.observation_space, self.action_space, self.render_mode = self.dreams.single_observation_space, LegalActions(game), render_mode
     def reset(self, *, seed=None, options=None):
@@ -193,6 +198,57 @@ def extrapolate(before, now, steps, low, high):
     width = max(high - low, 1e-6)
     x = np.abs((x + width) % (2 * width) - width)                              # a triangle wave: in range it is x itself
     return x + low
+
+# %% ../nbs/08_dream.ipynb #untouched
+def untouched_within(off_2MS, x_ST, there_ST, pixels=5):
+    "`(n, shares [M])`: the ball was there all the time and `x` never turned round in n of S stretches, so nobody hit it; in which share of these each of M readings is within `pixels` of it. `off`: errors in x and in y."
+    way = np.diff(x_ST, axis=1)
+    free = there_ST.all(1) & ((way > 0).all(1) | (way < 0).all(1))
+    return int(free.sum()), (np.hypot(*off_2MS)[:, free] <= pixels).mean(1).tolist() if free.any() else []
+
+# %% ../nbs/08_dream.ipynb #events-ahead
+def events_ahead(tokens, context, reach):
+    "`(starts int64 [M], {'reward': bool [M], 'end': bool [M]})`: contexts without an ending inside, and what comes in the `reach` steps from the last frame of each on, until its game is over."
+    s, done, episode = tokens.windows(context), tokens.done.numpy(), tokens.episode.numpy()
+    s = s[~np.stack([done[s + k] for k in range(context - 1)]).any(0) & (s + context - 1 + reach <= len(tokens))]
+    steps = s[:, None] + context - 1 + np.arange(reach)
+    counts = (np.cumsum(done[steps], 1) - done[steps] == 0) & (episode[steps] == episode[s][:, None])                  # what comes after an ending does not count
+    return s, {k: (flag[steps] & counts).any(1) for k, flag in (('reward', tokens.rewards.numpy() != 0), ('end', done))}
+
+# %% ../nbs/08_dream.ipynb #meetings
+MEETINGS = {'pong': ('ball_x', 160), 'breakout': ('ball_y', 150)}     # what grows while the ball comes, and from where on it is near the paddle
+
+def meetings(game, ram, lost, episode, patience=12):
+    """`(at int64 [M], missed bool [M])`: the last steps of the ball's approaches to the player's paddle, and whether it got past.
+
+    `ram` uint8 [N, 128]; `lost` bool [N]: a point or a life is lost in the step; `episode` int64 [N]. An approach counts as a loss if one follows within
+    `patience` steps before the ball is seen to go away, as a hit if the ball goes away first; what is cut off or unseen before that does not count."""
+    require(game in MEETINGS, f'no ball comes to a paddle in {game}: expected one of {", ".join(MEETINGS)}')
+    (axis, near), (labels, names, present) = MEETINGS[game], state_labels(game, ram)
+    v, seen = labels[:, names.index(axis)], present[:, names.index(axis)]
+    comes = np.zeros(len(v), bool)
+    comes[1:] = seen[1:] & seen[:-1] & (v[1:] > v[:-1]) & (v[1:] > near) & (episode[1:] == episode[:-1])
+    at, missed = [], []
+    for t in np.flatnonzero(comes):
+        for k in range(t, min(t + patience, len(v) - 1)):
+            if k > t and comes[k]: break                                   # it comes still: a later step is the last one
+            if lost[k]: at.append(t); missed.append(True); break
+            if episode[k + 1] != episode[t]: break
+            if k > t and seen[k] and v[k] < v[t]: at.append(t); missed.append(False); break
+    return np.array(at, np.int64), np.array(missed, bool)
+
+def told_apart(world, tokens, at, missed, game, context=8, early=0, reach=12, draws=4, seed=0):
+    "@eq-told-apart for dreams of `game` (an index) that start `early` steps before `at`, and how many hits and losses count; None where there is no pair."
+    starts = at - early - context + 1
+    fits = (starts >= 0) & (at + reach < len(tokens)); fits[fits] &= (tokens.episode.numpy()[starts[fits]] == tokens.episode.numpy()[at[fits]])
+    starts, missed = starts[fits], missed[fits]
+    if missed.all() or not missed.any(): return None, int((~missed).sum()), int(missed.sum())
+    s = 0.
+    for k in range(draws):
+        out = open_loop(world, tokens, game, context, early + reach, starts, seed=seed + k)
+        s = s + (-out.reward).clamp(min=0).sum(1) + (1 - out.proceed).sum(1)
+    a, b = s[torch.from_numpy(missed)][:, None], s[torch.from_numpy(~missed)][None]
+    return float((a > b).float().mean() + (a == b).float().mean() / 2), int((~missed).sum()), int(missed.sum())
 
 # %% ../nbs/08_dream.ipynb #gif
 def dream_gif(path, real, dream, scale=2, fps=15):

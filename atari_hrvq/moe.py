@@ -72,7 +72,7 @@ class MoEConfig:
 class MixtureOfExperts(nn.Module):
     """`x [..., D] -> (y [..., D], aux)`; aux: `balance_loss` scalar (already weighted), `load` float [E] (share of the choices), `choice` int64 [N, k].
 
-    One expert is a dense SwiGLU without a router. The selection bias moves in training mode only. `report=False` gives `(y, None)`, sooner."""
+    One expert is a dense SwiGLU without a router. The selection bias moves in training mode only. Outside it `report=False` gives `(y, None)`, sooner."""
     def __init__(self, config):
         super().__init__()
         c = self.config = config

@@ -55,6 +55,7 @@ class ActorCritic(Pretrained):
         super().__init__()
         c = self.config = config
         choices('kind of policy', c.kind, ('mlp', 'cnn'))
+        require(c.kind == 'mlp' or tuple(c.obs_shape[1:]) == (84, 84), f'a cnn looks at frames of 84 x 84 pixels, got obs_shape {tuple(c.obs_shape)}')
         if c.kind == 'mlp': body = [*[nn.LayerNorm(c.obs_shape[0])] * c.norm, nn.Linear(c.obs_shape[0], c.hidden), nn.SiLU(), nn.Linear(c.hidden, c.hidden), nn.SiLU()]
         else: body = [nn.Conv2d(c.obs_shape[0], 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 81, c.hidden), nn.ReLU()]
         self.body = nn.Sequential(*body).to(memory_format=torch.channels_last)       # of pictures: on a CPU a step of learning takes half the time

@@ -40,10 +40,10 @@ class Tokens:
         return episode_windows(self.episode.numpy(), length)
 
 def tokenise(tokenizer, episodes):
-    "`Tokens` of an `Episodes`, on the CPU."
+    "`Tokens` of an `Episodes`, on the CPU; a game that was cut off is not `done`."
     codes = torch.cat([tokenizer.encode(torch.from_numpy(episodes.frames[i:i + 512, None])).cpu() for i in range(0, len(episodes), 512)])
     t = torch.from_numpy
-    return Tokens(codes, t(episodes.actions), t(episodes.rewards), t(episodes.terminated | episodes.truncated | episodes.life_lost), t(episodes.episode))
+    return Tokens(codes, t(episodes.actions), t(episodes.rewards), t(episodes.terminated | episodes.life_lost), t(episodes.episode))
 
 def load_tokens(stage, tokenizer, game, split='train'):
     "The `Tokens` of chapter 1's episodes; encoded once for a tokenizer and kept in the run's cache."
@@ -112,7 +112,7 @@ class WorldConfig:
     dim: int = 256
     heads: int = 4
     experts: tuple = (1, 2, 2, 4)       # experts of each layer; its length is the number of layers
-    windows: tuple = (4, 8, 16, 32)     # steps that each layer sees, itself included
+    windows: tuple = (4, 8, 16, 32)     # steps that each layer sees, itself included; in play and where a dream begins the agent sees its `context` of 8 frames
     hidden: int = 384                   # width of one expert
     shared_hidden: int = 128            # width of the shared expert
     top_k: int = 1
@@ -131,6 +131,7 @@ class Block(nn.Module):
     "Windowed attention and experts: float [B, T, D] -> the same shape, and what the experts report."
     def __init__(self, c, layer):
         super().__init__()
+        require(c.dim % (2 * c.heads) == 0, f'dim must be a multiple of twice the heads, so that each rotates pairs of channels, got dim {c.dim} and {c.heads} heads')
         self.heads, self.window = c.heads, c.windows[layer]
         self.norm1, self.norm2 = RMSNorm(c.dim), RMSNorm(c.dim)
         self.qkv, self.out = nn.Linear(c.dim, 3 * c.dim, bias=False), nn.Linear(c.dim, c.dim, bias=False)
@@ -314,7 +315,7 @@ class Cache:
     age: torch.Tensor          # int64 [B]: steps that a row has seen
     least: int                 # the age that no row is below
     codes: torch.Tensor        # int64 [B, P, L]: the current frame's tokens
-    history: torch.Tensor      # [B, history, P, cell_dim]: cell vectors of the last frames
+    history: torch.Tensor      # [B, max(2, history), P, cell_dim]: cell vectors of the last frames
     hidden: torch.Tensor       # [B, D]
     game: torch.Tensor         # int64 [B]
 
@@ -377,7 +378,7 @@ class WorldModel(Pretrained):
         return self.norm(x), aux
 
     def recent(self, z_BTPD):
-        "[B, T, history, P, D]: cell vectors of the last frames up to each step; the first frame is repeated."
+        "[B, T, max(2, history), P, D]: cell vectors of the last frames up to each step; the first frame is repeated."
         n = max(2, self.config.history)                                      # an agent sees two
         padded = torch.cat([z_BTPD[:, :1].expand(-1, n - 1, -1, -1), z_BTPD], 1)
         return torch.stack([padded[:, i:i + z_BTPD.shape[1]] for i in range(n)], 2)
@@ -392,7 +393,7 @@ class WorldModel(Pretrained):
 
     def loss(self, codes, actions, rewards, done, game, following, known):
         "Sum of cross-entropies (nats a token, a reward, an ending), the contrast and the experts' balance; see `token_batches` for the shapes."
-        c, out = self.config, self(self.corrupted(codes) if self.training and self.config.corrupt else codes, actions, game, following)
+        c, out = self.config, self(self.corrupted(codes, game) if self.training and self.config.corrupt else codes, actions, game, following)
         parts = {f'level_{l}': F.cross_entropy(x[known].flatten(0, 1).float(), following[known][..., l].long().flatten()) for l, x in enumerate(out.logits)}
         parts['reward'], parts['rewards_ahead'] = self.reward.loss(out.reward, rewards, known & ~done)
         parts['proceed'] = F.binary_cross_entropy_with_logits(out.proceed.float(), 1 - done.float())
@@ -402,10 +403,13 @@ class WorldModel(Pretrained):
             total = total + c.contrast_weight * parts['contrast']
         return total, {**parts, 'balance': balance}
 
-    def corrupted(self, codes):
-        "`codes` with up to `corrupt` of them, a share drawn for each window, replaced by the codes of the same cell and level in another window: what a dream makes of itself."
-        share = torch.rand(len(codes), 1, 1, 1, device=codes.device) * self.config.corrupt
-        return torch.where(torch.rand(codes.shape, device=codes.device) < share, codes[torch.randperm(len(codes), device=codes.device)], codes)
+    def corrupted(self, codes, game):
+        "`codes` with up to `corrupt` of them, a share drawn for each window, replaced by the codes of the same cell and level in another window of the same `game`: what a dream makes of itself."
+        share, other = torch.rand(len(codes), 1, 1, 1, device=codes.device) * self.config.corrupt, torch.arange(len(codes), device=codes.device)
+        for g in game.unique():
+            mine = (game == g).nonzero()[:, 0]
+            if len(mine) > 1: other[mine] = mine.roll(int(torch.randint(1, len(mine), ())))
+        return torch.where(torch.rand(codes.shape, device=codes.device) < share, codes[other], codes)
 
 # %% ../nbs/07_world.ipynb #rings
 def fill_rings(blocks, kept):
@@ -454,6 +458,7 @@ def _imagine(self, rings, age, full, history, game, action, temperature, draws):
 @torch.no_grad()
 def _step(self, cache, action_B, temperature=(.5, 0., 0.), generator=None):
     "One imagined step of all rows; updates `cache` and returns `Step`."
+    require(len(temperature) == self.config.levels, f'expected one temperature for each of {self.config.levels} levels, got {temperature}')
     shape = (len(action_B), self.config.grid ** 2, 1)
     draws = [uniform(shape, t, generator, action_B.device) for t in temperature]
     full = tuple(not self.compiled and cache.least >= w - 1 for w in self.config.windows)         # a compiled step asks the mask, or it would be compiled anew at every age

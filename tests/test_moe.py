@@ -126,6 +126,11 @@ def test_one_expert_is_dense():
     assert y.shape == (2, 3, 8) and aux['load'].tolist() == [1.] and aux['balance_loss'] == 0
 
 
+def test_without_a_report_the_output_is_the_same_and_training_reports_all_the_same():
+    m, x = build(experts=3).eval(), torch.randn(9, 8)
+    assert torch.equal(m(x, report=False)[0], m(x)[0]) and m(x, report=False)[1] is None and m.train()(x, report=False)[1]['load'].shape == (3,)
+
+
 def test_load_is_a_share_and_the_balance_loss_is_least_when_even():
     m = build(experts=4, top_k=2, balance=1.).eval()
     aux = m(torch.randn(300, 8))[1]

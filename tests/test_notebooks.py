@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import pytest
+import torch
 from conftest import BIN, ENV, ROOT, copy_book
 from atari_hrvq.book import STAGES, module_closure, package_imports
 from atari_hrvq.publish import cell_options
@@ -19,6 +20,10 @@ by_name = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def cells(path): return json.loads(path.read_text())['cells']
 def source(cell): return ''.join(cell['source'])
 def code(path): return [c for c in cells(path) if c['cell_type'] == 'code']
+def solutions(path):
+    "Every block of Python inside a <details> of the notebook."
+    hidden = re.findall(r'<details>.*?</details>', '\n\n'.join(source(c) for c in cells(path) if c['cell_type'] == 'markdown'), re.S)
+    return [block for d in hidden for block in re.findall(r'```python\n(.*?)```', d, re.S)]
 
 
 def test_in_sync_and_clean(tmp_path):
@@ -96,6 +101,20 @@ def test_imports_run_one_way():
 def test_readme_snippet_runs(snippet):
     done = subprocess.run([sys.executable, '-c', snippet], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize('snippet', [pytest.param(s, id=f'{p.stem}-{i}') for p in NOTEBOOKS for i, s in enumerate(solutions(p), 1)])
+def test_solution_runs(snippet):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: exec(compile(snippet, 'solution', 'exec'), {'__name__': 'solution'})
+    finally: torch.set_num_threads(before)
+
+
+@by_name
+def test_every_chapter_has_solutions_and_none_is_overlooked(path):
+    text = '\n\n'.join(source(c) for c in cells(path))
+    assert bool(solutions(path)) == (path in CHAPTERS) and len(solutions(path)) == text.count('```python\n')
 
 
 def test_no_registry_and_no_machine_path():

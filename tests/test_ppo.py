@@ -163,6 +163,11 @@ def test_rows_are_copies_also_of_an_environment_that_reuses_its_buffer():
     assert torch.equal(fresh.obs, reused.obs)
 
 
+@pytest.mark.parametrize('shape', [(4, 96, 96), (4,), (4, 84)])
+def test_a_cnn_of_other_frames_is_one_sentence(shape):
+    with pytest.raises(BookError, match='84 x 84'): ActorCritic(ActorCriticConfig(kind='cnn', obs_shape=shape))
+
+
 # ---- masks
 
 def test_illegal_actions_are_never_drawn():

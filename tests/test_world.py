@@ -1,10 +1,12 @@
 """world and dream: alignment on a game with known answers, causality, cache, seeds, endings."""
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
 from atari_hrvq.core import BookError, FitConfig, fit
-from atari_hrvq.dream import Contexts, DreamEnv, DreamVectorEnv
-from atari_hrvq.world import Tokens, WorldConfig, WorldModel, f1, token_batches
+from atari_hrvq.dream import Contexts, DreamEnv, DreamVectorEnv, events_ahead
+from atari_hrvq.frames import Episodes
+from atari_hrvq.world import Tokens, WorldConfig, WorldModel, f1, token_batches, tokenise
 
 SMALL = dict(grid=1, levels=2, codes=8, cell_dim=4, dim=32, heads=2, experts=(1, 2), windows=(3, 6), hidden=32, shared_hidden=8, cell_hidden=16)
 
@@ -70,11 +72,28 @@ def test_the_contrast_needs_the_actions(learnt):
 def test_corruption_stays_in_training_and_below_its_share():
     torch.manual_seed(0)
     model = make(); batch = token_batches({'breakout': toy()}, 64, 8)(np.random.default_rng(0))
-    changed = (model.corrupted(batch[0]) != batch[0]).float().mean()
+    changed = (model.corrupted(batch[0], batch[4]) != batch[0]).float().mean()
     assert 0 < changed < model.config.corrupt
     model.eval(); torch.manual_seed(1); a = model.loss(*batch)[1]['level_0']; torch.manual_seed(2); b = model.loss(*batch)[1]['level_0']
     model.train(); c = model.loss(*batch)[1]['level_0']
     assert a == b != c
+
+
+def test_corruption_takes_codes_of_another_window_of_the_same_game():
+    model, game = WorldModel(WorldConfig(games=('pong', 'breakout'), **{**SMALL, 'corrupt': 1.})), torch.tensor([0, 1, 1, 0, 1])
+    own = torch.arange(5).view(5, 1, 1, 1).expand(5, 40, 1, 2)                                      # every code says whose window it is
+    torch.manual_seed(0)
+    taken = [model.corrupted(own, game) for _ in range(30)]
+    assert all(len(row.unique()) <= 2 for t in taken for row in t)                                  # its own and those of one other
+    assert {(i, j) for t in taken for i, row in enumerate(t) for j in row.unique().tolist()} == {(i, j) for i in range(5) for j in range(5) if game[i] == game[j]}
+    assert torch.equal(model.corrupted(own[:2], game[:2]), own[:2])                                 # a window alone in its game stays as it is
+
+
+def test_a_cut_is_not_an_ending():
+    flags = lambda *at: np.isin(np.arange(5), at)
+    episodes = Episodes('pong', 'atari100k', np.zeros((5, 84, 84), np.uint8), np.zeros(5, np.int64), np.zeros(5, np.float32), flags(2), flags(3), flags(1), np.array([0, 0, 0, 1, 2]), np.zeros((5, 128), np.uint8), np.arange(3))
+    tokens = tokenise(SimpleNamespace(encode=lambda x: torch.zeros(len(x), 1, 2, dtype=torch.uint8)), episodes)
+    assert tokens.done.tolist() == [False, True, True, False, False]
 
 
 def test_a_reward_is_told_before_it_comes(learnt):
@@ -109,7 +128,7 @@ def test_cached_equals_uncached(windows, batch):
     cache = model.start(codes[:, :3], actions[:, :2], game)
     for t in range(2, 14):
         cache.history = model.recent(model.vectors(codes[:, :t + 1]))[:, -1]
-        model.step(cache, actions[:, t])
+        model.step(cache, actions[:, t], (0., 0.))
         assert (cache.hidden - whole[:, t]).abs().max() < 1e-5
 
 
@@ -171,8 +190,8 @@ def test_rows_that_ended_wait_for_a_reset(learnt):
     _, reward, terminated, truncated, _ = e.step([3, 3, 3])
     assert not reward.any() and not terminated.any() and not truncated.any()
     e.reset(options={'reset_mask': np.array([True, False, False])})
-    _, _, _, truncated, _ = e.step([3, 0, 0])
-    assert e.over.tolist() == [False, True, True] or not truncated[1:].any()
+    _, _, terminated, truncated, _ = e.step([3, 0, 0])
+    assert e.over.tolist() == [False, True, True] and e.age[0] == 1 and not (terminated | truncated).any()
 
 
 def test_a_long_dream_keeps_its_rules_in_memory_of_fixed_size(learnt):
@@ -201,11 +220,26 @@ def test_resume_is_bitwise(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
 
 
+def step_at(model, temperature):
+    cache = model.start(torch.zeros(1, 3, 1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    return model.step(cache, torch.zeros(1, dtype=torch.long), temperature)
+
+
 @pytest.mark.parametrize('call, message', [
     (lambda m: envs(m).step([3] * 4), 'call reset first'),
     (lambda m: (e := envs(m), e.reset(seed=0), e.step([3, 3, 17, 3])), 'action 17 is illegal in dream 2'),
     (lambda m: m.start(torch.zeros(1, 9, 1, 2, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, dtype=torch.long)), 'got 9 frames and 9 actions'),
     (lambda m: WorldModel(WorldConfig(experts=(1, 2), windows=(4,))), 'one entry a layer'),
+    (lambda m: WorldModel(WorldConfig(heads=3, dim=32)), 'multiple of twice the heads'),
+    (lambda m: WorldModel(WorldConfig(heads=4, dim=12)), 'multiple of twice the heads'),
+    (lambda m: step_at(m, (0.,)), 'one temperature for each of 2 levels'),
+    (lambda m: step_at(m, (0., 0., 0.)), 'one temperature for each of 2 levels'),
+    (lambda m: envs(m).reset(seed=-1), 'a seed is 0 or more'),
+    (lambda m: envs(m, 0), 'num_envs must be at least 1'),
+    (lambda m: Contexts({'tetris': toy(60)}, ['breakout'], 4), "unknown game of the world model 'tetris'"),
+    (lambda m: Contexts({'breakout': toy(60)}, ['breakout'], 1), 'at least 2 frames'),
+    (lambda m: Contexts({'breakout': toy(60)}, ['breakout'], 4, hot=2.), 'hot is a share'),
+    (lambda m: Contexts({'breakout': toy(60)}, ['breakout'], 4, reach=0), 'reach at least 1'),
     (lambda m: envs(m).reset() and envs(m).render(), 'without its tokenizer')])
 def test_bad_input(learnt, call, message):
     with pytest.raises(BookError, match=message): call(learnt)
@@ -232,3 +266,49 @@ def test_hot_starts_lie_before_a_reward_or_an_ending():
     assert len(contexts.hot['breakout']) and all(bool(events[s + n - 1:s + n - 1 + 5].any()) for s in contexts.hot['breakout'])
     only = Tokens(d.codes, d.actions, torch.zeros_like(d.rewards), d.done, d.episode)                # a game in which nothing is won, only lost
     assert 0 < len(Contexts({'breakout': only}, ['breakout'], n, reach=5).hot['breakout']) < len(contexts.plain['breakout'])
+
+
+def test_a_dream_of_its_own_has_the_starts_it_was_given(learnt):
+    contexts = Contexts({'breakout': toy(400)}, ['breakout'], 4, hot=.3, reach=2, recent={'breakout': 300})
+    mine = DreamEnv(learnt, contexts, 'breakout', temperature=(0., 0.)).dreams.contexts
+    assert all(np.array_equal(getattr(mine, k)['breakout'], getattr(contexts, k)['breakout']) for k in ('plain', 'hot')) and mine.share == .3
+
+
+def test_events_are_those_from_the_first_dreamt_step_on_until_the_game_is_over():
+    "Against a search step by step; endings in the first dreamt step are among them, and what happens in the next episode is not."
+    d, C, reach = toy(300), 4, 12
+    starts, ahead = events_ahead(d, C, reach)
+    inside = [s for s in range(len(d) - C + 1) if d.episode[s] == d.episode[s + C - 1] and not d.done[s:s + C - 1].any() and s + C - 1 + reach <= len(d)]
+    assert starts.tolist() == inside
+    for i, s in enumerate(starts):
+        seen = {'reward': False, 'end': False}
+        for t in range(s + C - 1, s + C - 1 + reach):
+            if d.episode[t] != d.episode[s]: break
+            seen['reward'] |= bool(d.rewards[t] != 0); seen['end'] |= bool(d.done[t])
+            if d.done[t]: break
+        assert seen == {k: bool(v[i]) for k, v in ahead.items()}
+    assert d.done[starts + C - 1].any()
+    cut = Tokens(d.codes, d.actions, d.rewards, torch.zeros_like(d.done), d.episode)                 # cut off instead of over: what follows is another game all the same
+    assert not events_ahead(cut, C, reach)[1]['end'].any() and torch.equal(*(torch.as_tensor(e[1]['reward'])[np.isin(e[0], starts)] for e in (events_ahead(cut, C, reach), (starts, ahead))))
+
+
+def test_meetings_and_what_dreams_say_of_them(monkeypatch):
+    "A hit, a loss, an approach cut off by the end of its episode, one whose end is never seen; dreams that know, that know the opposite, that know nothing; the start lies `early` steps before."
+    from atari_hrvq import dream
+    x = [150, 165, 175, 185, 175, 160] + [150, 165, 175, 185, 195, 200] + [150, 170, 180] + [150, 170, 180] + [0] * 15
+    ram, episode = np.zeros((len(x), 128), np.uint8), np.repeat([0, 1, 2], [12, 3, 18])
+    ram[:, 54], ram[:, 49] = 100, x
+    at, missed = dream.meetings('pong', ram, np.arange(len(x)) == 11, episode)
+    assert at.tolist() == [3, 11] and missed.tolist() == [False, True]
+    with pytest.raises(BookError, match='no ball comes'): dream.meetings('ms_pacman', ram, episode > 5, episode)
+    class Forty(SimpleNamespace):
+        def __len__(self): return 40
+    tokens, seen = Forty(episode=torch.zeros(40, dtype=torch.long)), []
+    for sign, expected in ((1, 1.), (-1, 0.), (0, .5)):
+        def said(world, tokens, game, context, horizon, starts, seed=0):
+            seen.append((starts.tolist(), horizon))
+            return SimpleNamespace(reward=torch.tensor([[0., -.5 - sign * .2 * (s == 5)] for s in starts]), proceed=torch.ones(len(starts), 2))
+        monkeypatch.setattr(dream, 'open_loop', said)
+        assert dream.told_apart(None, tokens, np.array([9, 11, 39]), np.array([False, True, True]), 0, context=4, early=3, draws=2) == (expected, 1, 1)       # the last one has no steps behind it
+        assert dream.told_apart(None, tokens, np.array([9]), np.array([False]), 0, context=4)[0] is None
+    assert set(map(str, seen)) == {'([3, 5], 15)'}

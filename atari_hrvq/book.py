@@ -4,7 +4,7 @@
 
 # %% ../nbs/91_book.ipynb #imports
 from __future__ import annotations
-import ast, contextlib, fcntl, hashlib, json, os, platform, shutil, sys, threading, time, warnings
+import ast, contextlib, fcntl, functools, hashlib, json, os, platform, shutil, sys, threading, time, warnings
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib import metadata
 from importlib.util import find_spec
@@ -16,9 +16,10 @@ from .core import (BookError, GAMES, PROFILES, STARTS, choices, file_hash, parse
 
 # %% auto #0
 __all__ = ['STAGES', 'PLACES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure',
-           'stage_key', 'stage_keys', 'upstream', 'clock', 'Running', 'Watch', 'end_processes', 'hardware', 'versions',
-           'made_files', 'check_files', 'cores', 'default_jobs', 'locked', 'busy', 'StageFailed', 'kernel_environment',
-           'logged_kernel', 'execute', 'run_chain', 'chain_job', 'sweep', 'status_table', 'read_claims']
+           'outside', 'stage_key', 'stage_keys', 'upstream', 'clock', 'Running', 'Watch', 'end_processes', 'hardware',
+           'versions', 'made_files', 'check_files', 'cores', 'default_jobs', 'locked', 'busy', 'StageFailed',
+           'kernel_environment', 'logged_kernel', 'execute', 'run_chain', 'chain_job', 'sweep', 'status_table',
+           'read_claims']
 
 # %% ../nbs/91_book.ipynb #stages
 class StageSpec(NamedTuple):
@@ -62,15 +63,16 @@ def code_cells(notebook):
     cells = json.loads(Path(notebook).read_text())['cells']
     return [''.join(c['source']) for c in cells if c['cell_type'] == 'code' and 'parameters' not in c['metadata'].get('tags', [])]
 
+@functools.cache
 def package_imports(source):
-    "Names of the modules of this package that Python `source` imports."
+    "Names (a frozenset) of the modules of this package that Python `source` imports."
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             if node.level == 1 and node.module: found.add(node.module.split('.')[0])
             elif (node.module or '').startswith('atari_hrvq.'): found.add(node.module.split('.')[1])
         if isinstance(node, ast.Import): found |= {a.name.split('.')[1] for a in node.names if a.name.startswith('atari_hrvq.')}
-    return found
+    return frozenset(found)
 
 def module_closure(names, package=None):
     "All modules of the package that `names` need, themselves included."
@@ -80,9 +82,21 @@ def module_closure(names, package=None):
         todo |= package_imports((package / f'{name}.py').read_text()) - done
     return sorted(done)
 
+# %% ../nbs/91_book.ipynb #outside
+@functools.cache
+def _hash_as_it_is(path, size, modified): return file_hash(path)
+
+def outside(root, code, parameters):
+    "What the `code` of a chapter (a list of sources) reads beside its run: hashes of the shipped weights if it starts from them, and the folder of DINOv2 that the environment names."
+    read = []
+    if parameters.get('start', 'scratch') != 'scratch' and any('.shipped(' in c for c in code):
+        read += [[str(p.relative_to(root)), _hash_as_it_is(p, p.stat().st_size, p.stat().st_mtime_ns)] for p in sorted(root.glob('pretrained/**/*.safetensors'))]
+    named = os.environ.get('ATARI_HRVQ_DINOV2')
+    return read + [named] if named and any('ATARI_HRVQ_DINOV2' in c for c in code) else read
+
 # %% ../nbs/91_book.ipynb #key
 def stage_key(root, s, parameters, done):
-    "SHA-256 over code cells, imported modules, parameters, and the keys and files of what stage `s` needs (`done`: the manifest's stages)."
+    "SHA-256 over code cells, imported modules, parameters, the keys and files of what stage `s` needs (`done`: the manifest's stages), and what it reads beside the run."
     cells = code_cells(root / 'nbs' / f'{s.name}.ipynb')
     imported = set()
     for c in cells:
@@ -91,7 +105,7 @@ def stage_key(root, s, parameters, done):
     modules = module_closure(imported, root / 'atari_hrvq')
     sources = [(root / 'atari_hrvq' / f'{m}.py').read_text() for m in modules]
     needed = [[done.get(n, {}).get('key'), done.get(n, {}).get('files')] for n in s.needs]
-    return hashlib.sha256(json.dumps([cells, sources, parameters, needed], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([cells, sources, parameters, needed, *outside(root, cells + sources, parameters)], sort_keys=True).encode()).hexdigest()
 
 def stage_keys(root, parameters):
     "`{chapter: key}` of a run that has made nothing yet: what a change in the code reaches."
@@ -128,8 +142,8 @@ class Running:
             with contextlib.suppress(psutil.Error):
                 if p.environ().get('ATARI_HRVQ_PROGRESS') == str(self.report): total += p.memory_info().rss / 1e6; self.kids[p] = p.create_time()
         self.peak_mb = max(self.peak_mb, total)
-        with contextlib.suppress(OSError):
-            if len(self.kids) > known: self.pids.write_text(json.dumps([[p.pid, born] for p, born in self.kids.items()]))
+        with contextlib.suppress(BookError):
+            if len(self.kids) > known: write_json(self.pids, [[p.pid, born] for p, born in self.kids.items()])
         return total
     def line(self, short=False):
         "Label, what is going on, share done, time left; only the name, the share and the time if `short`."
@@ -309,10 +323,13 @@ def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None,
     require(a <= b, f'--from {names[a]} lies after --to {names[b]}: swap them')
     root, folder = root or repo_root(), Path(run).absolute()
     require(jobs is None or jobs >= 1, f'{jobs} chapters at a time is no number from 1 on')
+    for m in ('papermill', 'nbclient', 'ipykernel'): require(find_spec(m), f'running the chapters needs {m}: install the extra (pip install "atari-hrvq[book]")')
     with locked(folder):
         made = read_json(folder / 'run.json', {})
         require(not made or {'start': 'scratch', **made} == parameters, f'{folder} was made by another configuration ({made}), not {parameters}: choose another run folder')
-        for left in folder.glob('.kernels-*'): end_processes(read_json(left, [])); left.unlink()
+        for left in folder.glob('.kernels-*'):
+            with contextlib.suppress(BookError): end_processes(read_json(left, []))       # a damaged list names nobody
+            left.unlink()
         return _run(root, folder, parameters, STAGES[:b + 1], a, bool(first), out or sys.stderr, jobs or default_jobs())
 
 # %% ../nbs/91_book.ipynb #run-stages

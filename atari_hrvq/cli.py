@@ -4,7 +4,7 @@
 
 # %% ../nbs/93_cli.ipynb #imports
 from __future__ import annotations
-import argparse, json, os, signal, sys, threading
+import argparse, json, os, signal, sys, tempfile, threading
 from importlib import metadata
 from pathlib import Path
 from .book import PLACES, STAGES, StageFailed, find_stage, hardware, read_claims, run_chain, status_table, sweep, versions
@@ -13,8 +13,8 @@ from .publish import publish, results_table, ship, store_outputs, write_between
 
 # %% auto #0
 __all__ = ['BENCHES', 'Parser', 'parser', 'command_run', 'whole_numbers', 'pairs', 'command_status', 'command_claims',
-           'command_bench', 'command_outputs', 'command_publish', 'command_ship', 'command_verify', 'command_evaluate',
-           'command_play', 'main']
+           'can_be_written', 'command_bench', 'command_outputs', 'command_publish', 'command_ship', 'command_verify',
+           'command_evaluate', 'command_play', 'main']
 
 # %% ../nbs/93_cli.ipynb #parser
 BENCHES = ('frames', 'encoder', 'quantizer', 'dream', 'agent')
@@ -44,7 +44,7 @@ def parser():
     c.add_argument('--markdown', action='store_true', help='as a Markdown table'); c.add_argument('--into', metavar='FILE', help='write the Markdown table between the claims markers of this file')
     c.add_argument('--longest', action='store_true', help='let the runs behind pretrained/ speak for claims that they measured at a larger budget')
     b = sub.add_parser('bench', help='measure speed'); b.add_argument('name', nargs='?', help=f'one of {", ".join(BENCHES)} (default: all)'); b.add_argument('--json', metavar='FILE', help='also write the rows there')
-    o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
+    o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/, and execute the notebooks that are no stage'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
     w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, motion_tokenizer; agent: all that plays, scored and checked; or a chapter, such as A2_ablations: its figures alone')
     w.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)'); w.add_argument('--to', default='pretrained', help='default: %(default)s')
     w.add_argument('--as', dest='label', default='three-games', help='the folder of an agent (default: %(default)s)'); w.add_argument('--episodes', type=int, default=30, help='whole games that an agent is scored on (default: %(default)s)')
@@ -92,8 +92,15 @@ def command_claims(a):
     if a.into: write_between(a.into, results_table(table, made))
     else: print(json.dumps(table, indent=1) if a.json else results_table(table, made) if a.markdown else show_claims(table))
 
+def can_be_written(path):
+    "Complain before the work, not after it, if the file `path` could not be written."
+    require(not path.is_dir(), f'{path} is a folder: name a file')
+    try: path.parent.mkdir(parents=True, exist_ok=True); tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as e: raise BookError(f'cannot write {path}: {e.strerror}; choose another file') from None
+
 def command_bench(a):
     if a.name: choices('benchmark', a.name, BENCHES)
+    if a.json: can_be_written(Path(a.json))
     os.environ['IN_TEST'] = '1'                                   # no progress bars inside what is timed
     from atari_hrvq import bench
     rows = [row for name in ([a.name] if a.name else BENCHES) for row in bench.BENCHES[name]()]
@@ -106,6 +113,7 @@ def command_outputs(a): store_outputs(a.run)
 def command_publish(a): publish(a.run, a.out)
 
 def command_ship(a):
+    require(a.episodes >= 1, f'--episodes {a.episodes} is no number from 1 on')
     if a.name != 'agent': return ship(a.run, a.name, a.to)
     from atari_hrvq.pretrained import ship_agent
     print(f'shipped: {ship_agent(a.run, Path(a.to) / a.label, {**hardware(), **versions()}, a.episodes)}')

@@ -150,7 +150,7 @@ def level_pictures(tokenizer, episodes, frames=2, seed=0, others=None):
                 row['by'].append({'decoded': [sheet.add(d) for d in decoded], 'error': [round(float(w.mean()) ** .5, 2) for w in wrong], 'objects': objects})
             rows.append(row)
         sheets.append(sheet.data())
-    return {'kind': 'levels', 'tokenizers': list(eyes), 'bits': [8 * t.config.grid ** 2 for t in eyes.values()], 'levels': tokenizer.config.levels, 'rows': rows, 'sheets': sheets}
+    return {'kind': 'levels', 'tokenizers': list(eyes), 'bits': [math.ceil(math.log2(t.config.codes) * t.config.grid ** 2) for t in eyes.values()], 'levels': tokenizer.config.levels, 'rows': rows, 'sheets': sheets}
 
 def _cells(tokenizer): return f'{tokenizer.config.grid} x {tokenizer.config.grid} cells'
 
@@ -317,12 +317,16 @@ class Player:
         choices('message', m.get('do'), ('start', 'step'))
         if m['do'] == 'start':
             choices('game', m.get('game', self.game), list(self.episodes))
+            seed = m.get('seed', 0)
+            require(type(seed) is int and seed >= 0, f'seed {seed!r} is not a whole number from 0 on')
             self.game = m.get('game', self.game)
             if self.game not in self.dreamers: self.dreamers[self.game] = Dreamer(self.models, self.episodes[self.game])
-            now = self.dreamers[self.game].start(int(m.get('seed', 0)))
+            now = self.dreamers[self.game].start(seed)
         else:
             require(self.game in self.dreamers, 'the dream has not begun: press New start')
-            now = self.dreamers[self.game].step(m.get('action'))
+            action = m.get('action')
+            require(action is None or type(action) is int, f'action {action!r} is no number of an action: expected one of {legal_actions(self.game)}, or none for the agent')
+            now = self.dreamers[self.game].step(action)
         pictures = [now.pop('dream'), now.pop('real')]
         return {**now, 'game': self.game, 'n': m.get('n')}, [p.tobytes() for p in pictures if p is not None]
 
@@ -628,7 +632,7 @@ function dream(model, root, d) {
   const jump = k => { const hits = tape().tracks.map((t, i) => [t, i]).filter(([t]) => t.keys === k).sort(([a], [b]) => a.fork - b.fork), best = hits.filter(([t]) => t.fork <= at).pop() || hits[0]; if (best) { follow(best[1], best[0].fork); setPlaying(true); } };
   const restart = (go = false) => {
     setPlaying(false); said.textContent = ''; held.clear();
-    if (live) { playing = go; ask({do: 'start', game: name(), seed}); } else { sheets[name()] ||= new Sheet(tape()); branch.replaceChildren(...tape().tracks.map((t, i) => el('option', {value: i, textContent: t.name}))); follow(0, 0); }
+    if (live) { log = []; playing = go; ask({do: 'start', game: name(), seed}); } else { sheets[name()] ||= new Sheet(tape()); branch.replaceChildren(...tape().tracks.map((t, i) => el('option', {value: i, textContent: t.name}))); follow(0, 0); }
     mark();
   };
   const meter = (label, share, from = 0) => { const g = svg('svg', {width: 230, height: 15, role: 'img', 'aria-label': label}), a = 230 * Math.min(share, from), b = 230 * Math.max(share, from); g.append(svg('rect', {width: 230, height: 9, y: 2, rx: 3, fill: 'currentColor', opacity: .12}), svg('rect', {x: a, y: 2, width: Math.max(1, b - a), height: 9, fill: share < from ? '#d55e00' : '#009e73'})); if (from) g.append(svg('line', {x1: 230 * from, x2: 230 * from, y1: 0, y2: 13, stroke: 'currentColor'})); return el('div', {style: 'font-size:12px;margin:3px 0 7px'}, label, g); };
@@ -800,6 +804,7 @@ widget.render({{model: {{get: k => state[k], set: (k, v) => {{ state[k] = v; }},
 def play(run, game=None, port=0, browser=True):
     "Serve the dream player of a run to the browser of this machine until Ctrl-C."
     import webbrowser
+    require(0 <= port <= 65535, f'--port {port} is no port: expected 1 to 65535, or 0 for any that is free')
     server, address = player_server(Player.of(open_run(run), game), port)
     print(f'the dream of {run} is at {address} (Ctrl-C ends it)', flush=True)
     if browser: webbrowser.open(address)

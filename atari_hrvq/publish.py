@@ -15,23 +15,51 @@ from .book import STAGES, check_files, clock, hardware, kernel_environment, logg
 from .core import BookError, read_json, require, write_atomic
 
 # %% auto #0
-__all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'store_outputs', 'ship',
-           'ship_figures', 'rounding_kept', 'model_card', 'chapter_card', 'class_named', 'module_of', 'results_table',
-           'write_between', 'Page', 'book_config', 'listed_pages', 'page_sources', 'processed', 'cell_options', 'fold',
-           'plain_text', 'alt_text', 'captioned', 'shown', 'forget_paths', 'prepare', 'exported', 'signature',
-           'docstring', 'entry', 'api_page', 'outside_code', 'in_prose', 'link_names', 'link_cells', 'plain_tex',
-           'read_bib', 'authors_of', 'bibliography', 'cite', 'label_numbers', 'boxes', 'translate', 'say_undrawn',
-           'slug', 'markdown_renderer', 'page_body', 'page_html', 'check_page', 'check_pages', 'sections',
-           'render_html', 'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project', 'publish']
+__all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'run_fresh',
+           'executed_chapters', 'store_outputs', 'ship', 'ship_figures', 'rounding_kept', 'model_card', 'chapter_card',
+           'class_named', 'module_of', 'results_table', 'write_between', 'Page', 'book_config', 'listed_pages',
+           'page_sources', 'processed', 'cell_options', 'fold', 'plain_text', 'alt_text', 'captioned', 'shown',
+           'forget_paths', 'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page', 'outside_code',
+           'in_prose', 'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of', 'bibliography', 'cite',
+           'label_numbers', 'boxes', 'translate', 'say_undrawn', 'slug', 'markdown_renderer', 'page_body', 'page_html',
+           'check_page', 'check_pages', 'sections', 'render_html', 'render_quarto', 'executed', 'differing',
+           'prepared_books', 'put_in_place', 'write_project', 'publish']
+
+# %% ../nbs/92_publish.ipynb #executed-fresh
+def run_fresh(path, root):
+    "A notebook of `nbs/` executed in a kernel of its own (a dict), without the paths of this machine; a cell that fails is one sentence."
+    require(find_spec('nbclient') and find_spec('ipykernel'), 'executing a notebook needs nbclient and ipykernel: install the extra (pip install "atari-hrvq[book]")')
+    import nbformat, tempfile
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    book = nbformat.read(path, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        kernel = logged_kernel(f'{folder}/log', kernel_environment(f'{folder}/progress'))
+        try: NotebookClient(book, timeout=None, kernel_name='python3', kernel_manager_class=kernel, resources={'metadata': {'path': str(root)}}).execute()
+        except CellExecutionError as e: raise BookError(f'{path.name} failed with {e.ename}: {(e.evalue.strip().splitlines() or [""])[-1]}: correct it, then call this again') from None
+        except DeadKernelError: raise BookError(f'{path.name}: its kernel died, which is mostly a lack of memory') from None
+    return forget_paths(book, root)
+
+def executed_chapters(root, run, chapters=None):
+    "`(name, executed notebook)` of every chapter that `run` has finished, and of every notebook of `nbs/` that is no stage and has no parameters; `chapters`: only those named."
+    stages = read_json(run / 'manifest.json', {}).get('stages', {})
+    done = [s.name for s in STAGES if stages.get(s.name, {}).get('state') == 'done' and (run / 'notebooks' / f'{s.name}.ipynb').exists()]
+    require(done, f'{run} holds no finished chapter: run one first (atari-hrvq run --run {run})')
+    for name in done:
+        if chapters is None or name in chapters: yield name, json.loads((run / 'notebooks' / f'{name}.ipynb').read_text())
+    for path in sorted((root / 'nbs').glob('[!.]*.ipynb')):
+        cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+        plain = cells and not any('parameters' in c['metadata'].get('tags', []) for c in cells) and path.stem not in {s.name for s in STAGES}
+        if plain and (chapters is None or path.stem in chapters): yield path.stem, run_fresh(path, root)
 
 # %% ../nbs/92_publish.ipynb #outputs
-def store_outputs(run, limit=200_000, out=sys.stderr):
-    "Copy the outputs of a run's executed notebooks into `nbs/`, at most `limit` bytes a notebook (the largest pictures go first)."
+def store_outputs(run, limit=200_000, out=sys.stderr, chapters=None):
+    "Copy the outputs of `executed_chapters` into `nbs/`, at most `limit` bytes a notebook (the largest pictures go first)."
     root = repo_root()
-    for path in sorted((Path(run) / 'notebooks').glob('[!.]*.ipynb')):
-        target = root / 'nbs' / path.name
+    for name, ran in executed_chapters(root, Path(run), chapters):
+        target = root / 'nbs' / f'{name}.ipynb'
         book = json.loads(target.read_text())
-        executed = {c['id']: c for c in json.loads(path.read_text())['cells']}
+        executed = {c['id']: c for c in ran['cells']}
         for c in book['cells']:
             if c['cell_type'] != 'code': continue
             done = executed.get(c['id'])
@@ -41,7 +69,7 @@ def store_outputs(run, limit=200_000, out=sys.stderr):
         while sum(size(o) for c in book['cells'] for o in c.get('outputs', [])) > limit:
             cell, i = max(((c, i) for c in book['cells'] for i in range(len(c.get('outputs', [])))), key=lambda ci: size(ci[0]['outputs'][ci[1]]))
             del cell['outputs'][i]
-            print(f'{path.name}: an output of cell {cell["id"]} is too large for git and was left out', file=out)
+            print(f'{target.name}: an output of cell {cell["id"]} is too large for git and was left out', file=out)
         write_atomic(target, json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + '\n')       # as nbdev_clean writes it
 
 # %% ../nbs/92_publish.ipynb #smaller
@@ -414,18 +442,21 @@ def plain_tex(text):
 
 # %% ../nbs/92_publish.ipynb #read-bib
 def read_bib(text):
-    "`{key: fields}` of BibTeX entries whose fields stand in braces."
+    "`{key: fields}` of BibTeX entries whose fields stand in braces or are whole numbers."
     def braces(start):
         depth = 0
         for i in range(start, len(text)):
             depth += (text[i] == '{') - (text[i] == '}')
             if depth == 0: return i
         raise BookError(f'references.bib: a brace is not closed after "{text[start:start + 40].strip()}"')
-    entries = {}
+    entries, field = {}, re.compile(r'[\s,]*([\w-]+)\s*=\s*(?:(\d+)|(?={))')
     for m in re.finditer(r'^@\w+\{([^,\s]+),', text, re.M):
-        end, fields = braces(text.index('{', m.start())), {}
-        for f in re.finditer(r'(\w+)\s*=\s*(?=\{)', text[:end]):
-            if f.start() > m.end() - 1: fields.setdefault(f[1].lower(), plain_tex(text[f.end() + 1:braces(f.end())]))
+        end, at, fields = braces(text.index('{', m.start())), m.end(), {}
+        while f := field.match(text, at):
+            at = f.end() if f[2] else braces(f.end()) + 1
+            fields.setdefault(f[1].lower(), f[2] or plain_tex(text[f.end() + 1:at - 1]))
+        rest = ' '.join(text[at:end].strip(', \n\t').split())
+        require(not rest, f'references.bib: {m[1]} cannot be read from "{rest[:40]}" on: a field stands in braces, or is a whole number')
         entries[m[1]] = fields
     return entries
 
@@ -446,7 +477,8 @@ def bibliography(entries):
         where += f' {f["volume"]}' if 'volume' in f else ''
         where += f', {f["pages"]}' if 'pages' in f else ''
         link = f'https://arxiv.org/abs/{f["eprint"]}' if 'eprint' in f else f.get('url') or (f'https://doi.org/{f["doi"]}' if 'doi' in f else '')
-        parts = [f'{html.escape(authors_of(f, short=False))} ({f.get("year", "no year")})', f'<em>{html.escape(f.get("title", key))}</em>', html.escape(where), f'<a href="{link}">{link.split("//")[1]}</a>' if link else '']
+        link = html.escape(link if '//' in link or not link else f'https://{link}')
+        parts = [f'{html.escape(authors_of(f, short=False))} ({f.get("year", "no year")})', f'<em>{html.escape(f.get("title", key))}</em>', html.escape(where), f'<a href="{link}">{link.split("//")[-1]}</a>' if link else '']
         rows.append(f'<p class="reference" id="ref-{key}">{". ".join(p for p in parts if p)}.</p>')
     return '\n'.join(rows)
 
@@ -455,8 +487,8 @@ def cite(text, entries):
     "Markdown with `[@a; @b]` and `@a` as links to the references; an unknown key is named."
     def one(key, bare):
         require(key in entries, f'the citation @{key} is not in references.bib: add the entry, or correct the key')
-        f = entries[key]
-        return f'[{authors_of(f)} {f.get("year")}](references.qmd#ref-{key})' if not bare else f'[{authors_of(f)} ({f.get("year")})](references.qmd#ref-{key})'
+        who, year = authors_of(entries[key]), entries[key].get('year', 'no year')
+        return f'[{who} ({year})](references.qmd#ref-{key})' if bare else f'[{who} {year}](references.qmd#ref-{key})'
     keys = r'@([a-zA-Z]+\d{4}\w*)'
     def group(m): return '(' + re.sub(keys, lambda k: one(k[1], False), m[1]) + ')'
     change = lambda part: re.sub(rf'(?<![\w.`]){keys}', lambda k: one(k[1], True), re.sub(rf'\[([^\]\n]*{keys}[^\]\n]*)\](?!\()', group, part))
@@ -614,7 +646,7 @@ blockquote { margin: 0 0 1.4rem; color: var(--soft); font-size: 1.08rem } blockq
 STYLE += """
 code, pre { font: .86em/1.5 ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace } :not(pre) > code { background: var(--panel); padding: .1em .3em; border-radius: .25em }
 pre { margin: 0; overflow-x: auto; font-size: .8rem } .highlight, .output_text { background: var(--panel); border-radius: .4rem; padding: .7rem .9rem } .highlight .highlight { padding: 0 } .output_text { background: none; border-left: 3px solid var(--line); border-radius: 0; padding: .2rem .9rem }
-details.code { margin: 1rem 0 } details.code > summary { color: var(--soft); font-size: .78rem; cursor: pointer; margin-bottom: .3rem } details.code[open] > summary { opacity: .75 }
+details.code { margin: 1rem 0 } details.code > summary { color: var(--soft); font-size: .78rem; cursor: pointer; margin-bottom: .3rem }
 figure { margin: 1rem 0; overflow-x: auto } figcaption, .caption { color: var(--soft); font-size: .88rem; margin-top: .4rem } img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem } .output_subarea { overflow-x: auto }
 table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; margin: .8rem 0; display: block; overflow-x: auto; max-width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal } th { font-weight: 650; border-bottom-width: 2px } table:has(th:nth-child(8)) { font-size: .76rem } table:has(th:nth-child(8)) :is(th, td) { padding: .3rem .4rem }
 .formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.06em; font-family: 'Latin Modern Math', 'STIX Two Math', 'Cambria Math', 'Libertinus Math', math }
@@ -634,12 +666,15 @@ const root = document.documentElement, by = id => document.getElementById(id);
 by('theme').onclick = () => { root.dataset.theme = root.dataset.theme == 'dark' ? 'light' : 'dark'; try { localStorage.theme = root.dataset.theme } catch { } };
 by('menu').onclick = e => e.target.setAttribute('aria-expanded', document.querySelector('.side').classList.toggle('open'));
 const box = by('search'), found = by('found');
-const load = () => window.SECTIONS ? Promise.resolve() : new Promise(done => { const s = document.createElement('script'); s.src = 'search.js'; s.onload = done; document.head.append(s) });
+let loaded;
+const load = () => loaded ??= new Promise(done => { const s = document.createElement('script'); s.src = 'search.js'; s.onload = done; document.head.append(s) });
 const show = async () => {
-  const words = box.value.toLowerCase().split(/\\s+/).filter(w => w);
-  found.hidden = !words.length; found.replaceChildren();
+  const asked = box.value, words = asked.toLowerCase().split(/\\s+/).filter(w => w);
+  found.hidden = !words.length;
+  if (words.length) await load();
+  if (box.value != asked) return;                                              // another word was typed meanwhile
+  found.replaceChildren();
   if (!words.length) return;
-  await load();
   const score = s => words.every(w => (s.page + ' ' + s.head + ' ' + s.text).toLowerCase().includes(w)) ? words.filter(w => s.head.toLowerCase().includes(w)).length + 1 : 0;
   const hits = window.SECTIONS.map(s => [score(s), s]).filter(h => h[0]).sort((a, b) => b[0] - a[0]).slice(0, 15);
   for (const [, s] of hits) {
@@ -677,7 +712,7 @@ def page_html(page, pages, titles, body, headings, config):
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title if page is pages[0] else f'{title} | {esc(book["title"])}'}</title><meta name="description" content="{esc(book.get('subtitle', book['title']))}"><link rel="stylesheet" href="style.css">
 <script>try {{ document.documentElement.dataset.theme = localStorage.theme }} catch {{ }} if (!/^(light|dark)$/.test(document.documentElement.dataset.theme)) document.documentElement.dataset.theme = matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light'</script></head>
-<body><a class="skip" href="#text">to the text</a><header><button id="menu" aria-expanded="false" aria-controls="chapters">Chapters</button><a class="title" href="{pages[0].html}">{esc(book['title'])}</a><input id="search" type="search" placeholder="Search ( / )" aria-label="Search the book"><button id="theme" aria-label="light or dark">&#9680;</button><div id="found" hidden></div></header>
+<body><a class="skip" href="#text">to the text</a><header><button id="menu" aria-expanded="false" aria-controls="chapters">Chapters</button><a class="title" href="{pages[0].html}">{esc(book['title'])}</a><input id="search" type="search" placeholder="Search ( / )" aria-label="Search the book"><button id="theme" aria-label="light or dark">&#9680;</button><div id="found" role="region" aria-label="Search results" aria-live="polite" hidden></div></header>
 <div class="grid"><nav class="side" id="chapters" aria-label="Chapters">{"".join(side)}</nav><main id="text">{body}
 <nav class="turn" aria-label="Previous and next">{turn}</nav></main><nav class="side toc" aria-label="On this page">{toc}</nav></div>
 <footer>{foot}{edit}</footer><script src="script.js"></script></body></html>
@@ -740,7 +775,7 @@ def render_html(books, pages, config, entries, folder):
     titles = {stem: next((text for level, _, text in headings if level == 1), stem) for stem, (_, headings) in done.items()}
     for p in pages: write_atomic(folder / p.html, page_html(p, pages, titles, *done[p.stem], config))
     dark = HtmlFormatter(style='github-dark').get_style_defs(':root[data-theme=dark] .highlight')
-    colours = f'{HtmlFormatter(style="friendly").get_style_defs(".highlight")}\n{dark}\n.highlight, :root[data-theme=dark] .highlight {{ background: var(--panel) }}'
+    colours = f'{HtmlFormatter(style="xcode").get_style_defs(".highlight")}\n{dark}\n.highlight, :root[data-theme=dark] .highlight {{ background: var(--panel) }}'
     write_atomic(folder / 'style.css', f'{colours}\n{STYLE}')
     write_atomic(folder / 'script.js', SCRIPT)
     found = [s for p in pages for s in sections(p.html, re.sub(r'<[^>]+>', '', html.unescape(titles[p.stem])), done[p.stem][0])]
@@ -810,6 +845,18 @@ def prepared_books(root, run, pages, log):
     return books
 
 # %% ../nbs/92_publish.ipynb #write-project
+def put_in_place(fresh, out):
+    "Let the folder `fresh` take the place of `out` by two renames; where one fails, the old one stays."
+    old = out.with_name(f'.{out.name}.old')
+    if old.exists() and not out.exists(): old.rename(out)                          # a stop between the two, last time
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists(): out.rename(old)
+    try: fresh.rename(out)
+    except OSError:
+        if old.exists(): old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
 def write_project(project, root, books, pages):
     "A Quarto project of the prepared notebooks, ready for `quarto render` and `quarto publish`."
     shutil.rmtree(project, ignore_errors=True)
@@ -831,6 +878,7 @@ def publish(run, out='_docs', root=None, log=None):
     for m in ('nbdev', 'nbconvert', 'bs4', 'latex2mathml', 'yaml'): require(find_spec(m), f'publishing needs {m}: install the extra (pip install "atari-hrvq[docs]")')
     config = book_config(root)
     pages, project, fresh = listed_pages(config), out.parent / '_proc', out.with_name(f'.{out.name}.new')
+    require(not project.exists() or project.is_dir() and (not any(project.iterdir()) or (project / '_quarto.yml').exists()), f'{project}, where the Quarto project goes, holds something that is none: move it away, or choose another --out')
     books = prepared_books(root, run, pages, log)
     write_project(project, root, books, pages)
     shutil.rmtree(fresh, ignore_errors=True)
@@ -842,8 +890,7 @@ def publish(run, out='_docs', root=None, log=None):
             render_html(books, pages, config, read_bib(bib.read_text(encoding='utf8')) if bib.exists() else {}, fresh)
         problems = check_pages(fresh, pages)
         require(not problems, f'the pages have {len(problems)} problem{"s" * (len(problems) > 1)}, so those of last time stay: {"; ".join(problems[:5])}{" ..." * (len(problems) > 5)}')
-        shutil.rmtree(out, ignore_errors=True)
-        fresh.rename(out)
+        put_in_place(fresh, out)
     finally: shutil.rmtree(fresh, ignore_errors=True)
     print(f'{len(pages)} pages, {sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 1e6:.1f} MB: open {out / "index.html"}', file=log)
     return out

@@ -1,4 +1,6 @@
 """The explorer in a real browser: the exported page from file:// with nothing let out, the player of `atari-hrvq play`, and JupyterLab with a kernel."""
+import base64
+import gzip
 import io
 import json
 import os
@@ -13,7 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, RUN, SHOTS
 from PIL import Image, ImageSequence
-from atari_hrvq.explore import PAGE, page_twin
+from atari_hrvq.explore import ESM, PAGE, controls, page_twin
+from atari_hrvq.publish import SCRIPT, Page, page_html
 
 BIN = Path(sys.executable).parent
 PAINTED = "() => [...document.querySelectorAll('.hrvq canvas')].some(c => new Uint32Array(c.getContext('2d').getImageData(0, 0, 84, 84).data.buffer).some(v => v & 0xffffff))"
@@ -26,6 +29,12 @@ def widget(page, kind): return page.locator('.hrvq', has_text=KINDS[kind]).first
 def opened(tab, path, **kwargs):
     t = tab(**kwargs); t.page.goto(path.as_uri()); t.page.wait_for_function("() => document.querySelectorAll('.hrvq').length >= 4"); t.page.wait_for_function(PAINTED)
     return t
+
+
+def told(path, kind):
+    "The data of the first widget of `kind` in the HTML file `path`."
+    packed = (json.loads(gzip.decompress(base64.b64decode(x))) for x in re.findall(r'data: await text\("([\w+/=]{40,})"', path.read_text()))
+    return next(d for d in packed if d['kind'] == kind)
 
 
 def saved_gif(page, root):
@@ -67,9 +76,12 @@ def test_shots_in_both_themes(tab, chapter, scheme):
 
 def test_every_control_has_a_name(tab, chapter):
     t = opened(tab, chapter)
-    nameless = t.page.evaluate("""() => [...document.querySelectorAll('.hrvq button, .hrvq input, .hrvq select, .hrvq canvas, .hrvq [tabindex]')]
-        .filter(e => !(e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim())).map(e => e.outerHTML)""")
-    assert nameless == []
+    nameless = """() => { const own = l => [...l.childNodes].some(n => n.nodeType === Node.TEXT_NODE && n.textContent.trim());       // what stands in a label beside its control
+        return [...document.querySelectorAll('.hrvq button, .hrvq input, .hrvq select, .hrvq canvas, .hrvq [tabindex]')]
+            .filter(e => !(e.getAttribute('aria-label') || [...(e.labels || [])].some(own) || (e.tagName !== 'SELECT' && e.textContent.trim()))).map(e => e.tagName); }"""
+    assert t.page.evaluate(nameless) == []
+    t.page.evaluate("() => { const label = document.querySelector('.hrvq select').labels[0]; label.replaceWith(label.querySelector('select')); }")
+    assert t.page.evaluate(nameless) == ['SELECT']                           # the options of a menu are no name for it
 
 
 def test_tokens(tab, chapter, measured):
@@ -84,19 +96,30 @@ def test_tokens(tab, chapter, measured):
     for wrong in ('256', '-1', '1.5', ''):
         code.fill(wrong); code.press('Tab')
         assert f'There is no code {wrong or "(empty)"} at level 0' in w.get_by_role('alert').inner_text()
-    used = json.loads(t.page.evaluate("e => e.parentElement.dataset.choice", w.element_handle()))
-    unused = next(k for k in range(256) if not t.page.evaluate("([e, k]) => [...e.querySelectorAll('button')].some(b => b.textContent === String(k))", [w.element_handle(), k]) and k != used[1])
-    code.fill(str(unused)); code.press('Tab')
-    assert 'was never used' in w.inner_text() or f'Code {unused} of level 0' in w.inner_text()
+    data = told(chapter, 'tokens'); level, grid = data['levels'][0], data['grid']
+    unused, used = next(k for k in range(level['size']) if k not in level['codes']), next(k for k in level['codes'] if str(k) != code.input_value())
+    code.fill(str(unused)); code.press('Tab'); assert f'Code {unused} of level 0 was never used' in w.get_by_role('alert').inner_text()
+    code.fill(str(used)); code.press('Tab'); assert f'Code {used} of level 0' in w.get_by_role('status').first.inner_text() and w.get_by_role('alert').count() == 0
     w.get_by_label('Sort codes by').select_option(label='tells most about the game'); assert 'number 1 of' in w.inner_text()
     near = w.get_by_role('button', name=re.compile('go to code')).first; number = near.inner_text(); near.click(); assert code.input_value() == number
-    before = code.input_value(); w.locator('svg[style*=pointer]').click(position={'x': 150, 'y': 120}); after_map = code.input_value()
+    ends = []
+    for x in (2, 297): w.locator('svg[style*=pointer]').click(position={'x': x, 'y': 125}); ends.append(code.input_value())
+    assert ends[0] != ends[1]                                                # some code lies at either end of the map
     w.get_by_label('Sort codes by').select_option(label='use')
-    box = w.locator('.pic').last; codes = set()
-    for x in (10, 48, 86):
-        box = w.locator('.pic').last; box.click(position={'x': x, 'y': 48}); codes.add(code.input_value())
-    box = w.locator('.pic').last; box.focus(); t.page.keyboard.press('ArrowRight'); t.page.keyboard.press('Enter'); codes.add(code.input_value())
-    assert len(codes | {before, after_map}) > 1
+    def last():
+        "The last picture, and the codes of level 0 in its cells."
+        box = w.locator('.pic').last; g, n = (int(box.get_attribute(f'data-{k}')) for k in ('game', 'n'))
+        return box, [str(c[0]) for c in data['sheets'][g]['codes'][n]]
+    moved = 0
+    for column, x in enumerate((10, 48, 86)):
+        before, (box, cells) = code.input_value(), last()
+        box.click(position={'x': x, 'y': 48}); moved += code.input_value() != before
+        assert code.input_value() == cells[grid + column]
+    box, cells = last(); here = code.input_value(); cursor = cells.index(here) if here in cells else -1
+    target = next(p for p, c in enumerate(cells) if c != here)
+    box.focus()
+    for _ in range(abs(target - cursor)): t.page.keyboard.press('ArrowRight' if target > cursor else 'ArrowLeft')
+    t.page.keyboard.press('Enter'); assert code.input_value() == cells[target] != here and moved
     took = t.page.evaluate("""async e => { const b = e.querySelector('[aria-label="next code"]'), out = []; for (let i = 0; i < 30; i++) { const t = performance.now(); b.click(); await new Promise(requestAnimationFrame); out.push(performance.now() - t); } return out.sort((a, b) => a - b); }""", w.element_handle())
     measured['tokens: a step to the next code, median and worst (ms)'] = f'{took[15]:.0f}, {took[-1]:.0f}'
     assert took[15] < 100
@@ -221,14 +244,49 @@ def drive(t, w, measured, where):
 
 def test_play_from_the_shell(tab, measured, played):
     process, address = played
-    t = tab(allowed=address.rsplit('/', 2)[0]); t.page.goto(address); w = widget(t.page, 'dream'); w.wait_for()
+    t, asked = tab(allowed=address.rsplit('/', 2)[0]), []
+    t.page.on('request', lambda r: asked.append(json.loads(r.post_data)) if r.method == 'POST' else None)
+    t.page.goto(address); w = widget(t.page, 'dream'); w.wait_for()
     drive(t, w, measured, 'atari-hrvq play')
+    assert {'do': 'step', 'action': controls('pong')['up']} in asked and {'do': 'step', 'action': None} in asked        # the key that was held, and the agent
     w.screenshot(path=SHOTS / 'play.png')
     w.get_by_role('combobox', name='Game').select_option(label='breakout'); t.page.wait_for_timeout(2500)
     assert w.get_by_label('left', exact=True).is_enabled() and not w.get_by_label('up', exact=True).is_enabled()
     t.quiet()
     with pytest.raises(urllib.error.HTTPError): urllib.request.urlopen(address.rsplit('/', 2)[0] + '/')
     process.send_signal(signal.SIGINT); assert process.wait(20) == 0
+
+
+def test_a_sentence_after_a_finished_dream_is_shown(tab, tmp_path):
+    "A model that ends its dream at the first step and cannot begin another."
+    data = {'kind': 'dream', 'games': ['pong'], 'game': 'pong', 'agent': False, 'controls': {'pong': controls('pong')}, 'recordings': {}}
+    script = f"""<div id="player"></div><script type="module">{ESM.replace('export default', 'const widget =')}
+let hear, starts = 0; const blank = [1, 2].map(() => new DataView(new ArrayBuffer(7056))), news = {{game: 'pong', reward: 0, proceed: 1, error: 1, still: 1, real_reward: 0, real_over: false, by: 'you'}};
+const send = m => setTimeout(() => m.do === 'step' ? hear({{...news, step: 1, over: true}}, blank) : starts++ ? hear({{sentence: 'the frames are gone'}}) : hear({{...news, step: 0, over: false}}, blank));
+widget.render({{model: {{get: k => ({{data: {json.dumps(json.dumps(data))}, live: true}})[k], set() {{}}, save_changes() {{}}, on: (k, f) => {{ hear = f; }}, send}}, el: document.getElementById('player')}});</script>"""
+    (tmp_path / 'x.html').write_text(PAGE.format(title='x', body=script))
+    t = tab(); t.page.goto((tmp_path / 'x.html').as_uri()); w = widget(t.page, 'dream')
+    for step, name in (('0', 'Play'), ('1', 'New start')):
+        t.page.wait_for_function(f'e => e.dataset.step === "{step}"', arg=w.element_handle()); w.get_by_role('button', name=name, exact=True).click()
+    w.get_by_text('the frames are gone').wait_for(timeout=5_000)
+    t.quiet()
+
+
+def test_search_while_its_words_are_still_loading(tab, tmp_path):
+    first = Page('index.ipynb', '')
+    (tmp_path / 'index.html').write_text(page_html(first, [first], {'index': 'Small'}, '<h1 id="a">A</h1>', [], {'book': {'title': 'Small'}}))
+    (tmp_path / 'script.js').write_text(SCRIPT); (tmp_path / 'style.css').write_text('')
+    (tmp_path / 'search.js').write_text('window.SECTIONS = ' + json.dumps([{'page': 'Small', 'head': h, 'url': f'#{h}', 'text': f'{h} fit'} for h in ('frames', 'fit')]))
+    t = tab(); t.page.goto((tmp_path / 'index.html').as_uri()); box, links = t.page.get_by_label('Search the book'), lambda: t.page.locator('#found a strong').all_inner_texts()
+    box.evaluate("box => { for (const word of ['f', 'fr', 'f', 'fr']) { box.value = word; box.oninput(); } }")
+    t.page.locator('#found a').first.wait_for()
+    assert links() == ['Small: frames'] and t.page.locator('script[src="search.js"]').count() == 1
+    box.fill('fit'); t.page.locator('#found a').nth(1).wait_for(); assert links() == ['Small: fit', 'Small: frames']
+    box.fill('zebra'); t.page.get_by_text('nothing found').wait_for(); assert links() == []
+    box.fill(''); t.page.locator('#found').wait_for(state='hidden')
+    box.evaluate("box => { for (const word of ['f', '']) { box.value = word; box.oninput(); } }"); t.page.wait_for_timeout(100)
+    assert t.page.locator('#found a').count() == 0 and t.page.locator('#found').is_hidden()
+    t.quiet()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """book, cli: the chain runs, skips, resumes after a kill to the last bit, stops on request, and answers every mistake with one sentence."""
 import errno
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import nbformat
 import psutil
@@ -68,6 +70,12 @@ def wait_for(condition, seconds=90):
     (['run', '--seeds', '0', '--on', 'slurm', '--slurm', 'gpu'], "--slurm 'gpu' is not KEY=VALUE"),
     (['claims', 'nowhere', 'elsewhere'], 'nowhere is not a run folder'),
     (['claims', 'nowhere', 'elsewhere', '--longest'], 'claims: --longest is for one run'),
+    (['play', '--run', 'nowhere', '--port', '99999'], '--port 99999 is no port: expected 1 to 65535, or 0'),
+    (['play', '--run', 'nowhere', '--port', '-1'], '--port -1 is no port'),
+    (['ship', 'agent', '--run', 'nowhere', '--episodes', '0'], '--episodes 0 is no number from 1 on'),
+    (['bench', 'quantizer', '--json', ROOT / 'README.md' / 'x.json'], r'cannot write .*README\.md.x\.json: '),
+    (['bench', 'quantizer', '--json', ROOT], 'is a folder: name a file'),
+    (['outputs', '--run', 'nowhere'], 'nowhere holds no finished chapter: run one first'),
     (['dance'], 'invalid choice'), ([], 'required')])
 def test_mistakes_on_the_command_line(arguments, expected, tmp_path, capsys):
     if arguments[:1] == ['run'] and '--colour' not in arguments: arguments = [*arguments, '--run', tmp_path / 'r']
@@ -87,6 +95,19 @@ def test_missing_earlier_stage_is_named(tmp_path, capsys):
 def test_other_configuration_is_refused(tmp_path, capsys):
     write_json(tmp_path / 'r' / 'run.json', {'profile': 'laptop', 'games': ['pong'], 'seed': 3})
     sentence(capsys, ['run', '--run', tmp_path / 'r', '--profile', 'smoke'], 'was made by another configuration')
+
+
+@pytest.mark.parametrize('missing', ['papermill', 'nbclient', 'ipykernel'])
+def test_the_extra_that_runs_chapters_is_named(missing, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(book, 'find_spec', lambda name: None if name == missing else True)
+    sentence(capsys, ['run', '--run', tmp_path / 'r', '--profile', 'smoke'], rf'needs {missing}: install the extra \(pip install "atari-hrvq\[book\]"\)')
+    assert not (tmp_path / 'r').exists()
+
+
+def test_verify_fails_on_weights_that_were_cut(tmp_path, capsys):
+    (tmp_path / 'model.safetensors').write_bytes(b'weights')
+    write_json(tmp_path / 'manifest.json', {'files': {'model.safetensors': hashlib.sha256(b'weights and more').hexdigest()}})
+    sentence(capsys, ['verify', tmp_path], 'is not what was shipped, see model.safetensors: fetch it again')
 
 
 def test_damaged_manifest_is_named(tmp_path, capsys):
@@ -144,6 +165,39 @@ def test_what_a_chapter_can_do(body, tags, code, expected, tmp_path, capsys, mon
     assert re.search(expected, err[-1]) and not any('Traceback' in line for line in err), err
     assert json.loads((tmp_path / 'r' / 'manifest.json').read_text())['stages']['01_frames']['state'] == 'failed'
     assert not list((tmp_path / 'r' / 'notebooks').glob('.*'))
+
+
+def test_a_checkpoint_stays_for_the_same_code_only(tmp_path):
+    "A chapter that was interrupted finds its checkpoint again; one that was changed meanwhile does not."
+    body = "import pathlib\nc = pathlib.Path(run) / 'checkpoints' / '01_frames-x.safetensors'\nfound = c.exists(); c.parent.mkdir(exist_ok=True); c.touch()\nassert found, 'no checkpoint'\n" + WRITE.format(seed='seed')
+    call = lambda more='': book.run_chain(tmp_path / 'r', 'smoke', ['pong'], last='01', root=small_book(tmp_path / 'book', body + more))
+    for more in ('', '# changed'):
+        with pytest.raises(book.StageFailed, match='no checkpoint'): call(more)
+    assert call('# changed')['stages']['01_frames']['state'] == 'done'
+
+
+def test_what_a_killed_chain_left_is_cleaned_up(tmp_path):
+    sleeper, run = subprocess.Popen(['sleep', '300']), tmp_path / 'r'
+    write_json(run / '.kernels-06_moe', [[sleeper.pid, psutil.Process(sleeper.pid).create_time()]])
+    (run / '.kernels-09_ppo').write_text('')                                   # a kill in the middle of a write
+    with pytest.raises(BookError, match='lacks chapter 01_frames'): book.run_chain(run, 'smoke', ['pong'], first='07', root=ROOT)
+    assert not list(run.glob('.kernels*')) and not psutil.pid_exists(sleeper.pid)
+
+
+def test_the_list_of_kernels_is_never_half_written(tmp_path, monkeypatch):
+    running = book.Running('01_frames', 'frames', tmp_path)
+    sleepers = [subprocess.Popen(['sleep', '300'], env={**ENV, 'ATARI_HRVQ_PROGRESS': str(running.report)}) for _ in range(2)]
+    try:
+        wait_for(lambda: all(psutil.Process(s.pid).name() == 'sleep' for s in sleepers))
+        running.look([psutil.Process(sleepers[0].pid)])
+        before = running.pids.read_text()
+        assert [pid for pid, _ in json.loads(before)] == [sleepers[0].pid]
+
+        def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(os, 'replace', full)
+        running.look([psutil.Process(s.pid) for s in sleepers])
+        assert running.pids.read_text() == before and len(running.kids) == 2
+    finally: running.end()
 
 
 @pytest.fixture
@@ -239,6 +293,29 @@ def test_keys_follow_code_parameters_and_upstream(tmp_path):
     assert len(set(keys)) == 3 and keys[0] == keys[3]
 
 
+def test_keys_follow_what_is_read_beside_the_run(tmp_path, monkeypatch):
+    stage, weights = book.STAGES[0], tmp_path / 'pretrained' / 'x' / 'model.safetensors'
+    weights.parent.mkdir(parents=True)
+    key = lambda body, start='scratch': book.stage_key(small_book(tmp_path, body), stage, {'start': start}, {})
+    bodies, starts = ("begin = stage.shipped('x')", 'x = 1', "os.environ.get('ATARI_HRVQ_DINOV2')"), ('scratch', 'pretrained', 'replay')
+    def keys(data, named):
+        weights.write_bytes(data)
+        monkeypatch.delenv('ATARI_HRVQ_DINOV2', raising=False) if named is None else monkeypatch.setenv('ATARI_HRVQ_DINOV2', named)
+        return {(b, s): key(b, s) for b in bodies for s in starts}
+    first, other, named = keys(b'one', None), keys(b'two', None), keys(b'one', 'here')
+    assert {k for k in first if other[k] != first[k]} == {(bodies[0], 'pretrained'), (bodies[0], 'replay')}
+    assert {k for k in first if named[k] != first[k]} == {(bodies[2], s) for s in starts} and keys(b'one', None) == first
+    assert len(set(named.values()) | set(keys(b'one', 'there').values())) == 12
+
+
+def test_shipped_weights_are_hashed_once(tmp_path, monkeypatch):
+    (tmp_path / 'pretrained').mkdir(); (tmp_path / 'pretrained' / 'm.safetensors').write_bytes(b'weights')
+    hashed = []
+    monkeypatch.setattr(book, 'file_hash', lambda path: hashed.append(path) or 'hash')
+    seen = [book.outside(tmp_path, ["stage.shipped('x')"], {'start': 'pretrained'}) for _ in range(3)]
+    assert seen == [[['pretrained/m.safetensors', 'hash']]] * 3 and len(hashed) == 1
+
+
 def test_a_cell_that_is_not_python_is_named(tmp_path):
     root, stage = small_book(tmp_path, 'x = (1'), book.STAGES[0]
     with pytest.raises(BookError, match=f'{stage.name}.ipynb has a cell that is not Python: .*x = \\(1'): book.stage_key(root, stage, {}, {})
@@ -265,6 +342,11 @@ def test_keys_of_this_book(tmp_path):
     with open(tmp_path / 'atari_hrvq' / 'vq.py', 'a') as f: f.write('# changed\n')
     changed = {n for n, k in book.stage_keys(tmp_path, p).items() if k != before[n]}
     assert {'03_vq', '04_hrvq', '07_world', '12_claims'} <= changed and not {'01_frames', '06_moe', '09_ppo'} & changed
+    p['start'] = 'pretrained'
+    before = book.stage_keys(tmp_path, p)
+    (tmp_path / 'pretrained').mkdir(); (tmp_path / 'pretrained' / 'm.safetensors').write_bytes(b'shipped meanwhile')
+    changed = {n for n, k in book.stage_keys(tmp_path, p).items() if k != before[n]}
+    assert {'02_encoder', '04_hrvq', '07_world', '10_agent', '11_evaluate', '12_claims'} <= changed and not {'01_frames', '06_moe', '09_ppo'} & changed
 
 
 def test_plain_papermill_names_what_is_missing_or_unknown(tmp_path):
@@ -297,11 +379,29 @@ def test_outputs_that_are_copied(tmp_path, monkeypatch):
     done = v4.new_notebook(cells=[v4.new_code_cell("run = 'other'", id=ids[0], outputs=[output({'text/plain': 'a'})]), v4.new_code_cell('run = 3', id='injected'),
                                   v4.new_code_cell('x = 1', id=ids[1], execution_count=7, outputs=[output({'image/png': 'A' * 300_000}), output({'text/plain': 'kept'}), v4.new_output('stream', name='stderr', text='noise')])])
     (tmp_path / 'r' / 'notebooks').mkdir(parents=True)
-    nbformat.write(done, tmp_path / 'r' / 'notebooks' / '01_frames.ipynb')
+    for name in ('01_frames', '02_encoder'): nbformat.write(done, tmp_path / 'r' / 'notebooks' / f'{name}.ipynb')
+    write_json(tmp_path / 'r' / 'manifest.json', {'stages': {'01_frames': {'state': 'done'}, '02_encoder': {'state': 'failed'}}})
+    shutil.copy(path, root / 'nbs' / '02_encoder.ipynb'); unfinished = path.read_bytes()
     monkeypatch.setattr(publish, 'repo_root', lambda: root)
     publish.store_outputs(tmp_path / 'r')
+    assert (root / 'nbs' / '02_encoder.ipynb').read_bytes() == unfinished
     first, second = json.loads(path.read_text())['cells']
     assert first['outputs'] == [] and [''.join(o['data']['text/plain']) for o in second['outputs']] == ['kept'] and second['execution_count'] is None and second['outputs'][0]['metadata'] == {}
+
+
+def test_outputs_of_notebooks_that_are_no_stage(tmp_path, capsys, monkeypatch):
+    "They are executed for it, in a kernel that is told not to write; one with parameters waits for its run; a cell that fails is one sentence."
+    def write(body): small_book(tmp_path / 'book', f'import os\nprint(os.environ["IN_TEST"], os.getcwd())\n{body}', tags=(), name='13_bench')
+    root = small_book(tmp_path / 'book', 'print(1)'); small_book(root, 'print(2)', name='index'); write('')
+    write_json(tmp_path / 'r' / 'manifest.json', {'stages': {'01_frames': {'state': 'done'}}})
+    (tmp_path / 'r' / 'notebooks').mkdir(); shutil.copy(root / 'nbs' / '01_frames.ipynb', tmp_path / 'r' / 'notebooks')
+    monkeypatch.setattr(publish, 'repo_root', lambda: root)
+    said = lambda name: [''.join(o['text']) for c in json.loads((root / 'nbs' / f'{name}.ipynb').read_text())['cells'] for o in c['outputs']]
+    assert cli.main(['outputs', '--run', str(tmp_path / 'r')]) == 0
+    assert said('13_bench') == ['1 .\n'] and said('index') == said('01_frames') == []
+    write("raise ValueError('a beautiful mistake')"); capsys.readouterr()
+    sentence(capsys, ['outputs', '--run', tmp_path / 'r'], '13_bench.ipynb failed with ValueError: a beautiful mistake: correct it')
+    publish.store_outputs(tmp_path / 'r', chapters=['01_frames'])              # and the others may be had without it
 
 
 def test_make_and_ci():
@@ -370,23 +470,19 @@ def test_damaged_artefacts_are_named(copy, capsys, file, chapter):
 
 
 def test_plain_papermill_runs_the_same_stage(copy, tmp_path):
-    before = (copy / 'metrics' / '05_shared.jsonl').read_bytes()
-    (copy / 'metrics' / '05_shared.jsonl').unlink()
-    call = lambda *more: subprocess.run([BIN / 'papermill', 'nbs/05_shared.ipynb', tmp_path / 'out.ipynb', '-p', 'run', copy, '-p', 'profile', 'smoke', *more], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    done = call()
+    before = (copy / 'metrics' / '90_explore.jsonl').read_bytes()
+    (copy / 'metrics' / '90_explore.jsonl').unlink()
+    done = subprocess.run([BIN / 'papermill', 'nbs/90_explore.ipynb', tmp_path / 'out.ipynb', '-p', 'run', copy, '-p', 'profile', 'smoke'], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (copy / 'metrics' / '05_shared.jsonl').read_bytes() == before
-    done = call('-p', 'colour', 'red')
-    assert done.returncode != 0 and "unknown parameter of 05_shared 'colour'" in done.stderr
+    assert before and (copy / 'metrics' / '90_explore.jsonl').read_bytes() == before
 
 
-@pytest.mark.parametrize('chapter, checkpoint', [('02_encoder', 'encoder'), ('04_hrvq', 'tokenizer')])
-def test_kill_and_resume_is_bitwise(copy, chapter, checkpoint):
+def killed_and_resumed(copy, chapter, checkpoint):
     "kill -9 of the chain and its kernel in the middle of a training; started again, the chapter ends in the same bytes."
     files = {p: (copy / p).read_bytes() for p in json.loads((copy / 'manifest.json').read_text())['stages'][chapter]['files']}
     chain = subprocess.Popen([COMMAND, 'run', '--run', copy, '--profile', 'smoke', '--from', chapter, '--to', chapter], cwd=ROOT, env={**ENV, 'ATARI_HRVQ_CHECKPOINT_S': '0'}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     path = copy / 'checkpoints' / f'{chapter}-{checkpoint}.safetensors'
-    wait_for(path.exists)
+    wait_for(path.exists, 180)
     for p in [*psutil.Process(chain.pid).children(recursive=True), chain]: p.kill()
     chain.wait()
     state = load_checkpoint(path)
@@ -398,13 +494,20 @@ def test_kill_and_resume_is_bitwise(copy, chapter, checkpoint):
     for p, data in files.items(): assert (copy / p).read_bytes() == data, p
 
 
+def test_kill_and_resume_is_bitwise(smoke, tmp_path):
+    "Two chapters side by side, each in a copy of the run, with one thread each."
+    def one(chapter, checkpoint): killed_and_resumed(Path(shutil.copytree(smoke, tmp_path / chapter, ignore=shutil.ignore_patterns('notebooks'))), chapter, checkpoint)
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(one, '02_encoder', 'encoder'), pool.submit(one, '04_hrvq', 'tokenizer')]: job.result()
+
+
 def test_outputs_are_copied_clean(smoke, tmp_path, monkeypatch):
     from conftest import copy_book
     checkout = copy_book(tmp_path / 'book')
     monkeypatch.setattr(publish, 'repo_root', lambda: checkout)
-    publish.store_outputs(smoke)
+    publish.store_outputs(smoke, chapters=[*NAMES, '93_cli'])
     before = {p.name: p.read_bytes() for p in (checkout / 'nbs').glob('*.ipynb')}
-    assert any(c['outputs'] for c in json.loads(before['01_frames.ipynb'])['cells'] if c['cell_type'] == 'code')
+    for name in ('01_frames', '93_cli'): assert any(c['outputs'] for c in json.loads(before[f'{name}.ipynb'])['cells'] if c['cell_type'] == 'code'), name
     for name, data in before.items():
         mine, theirs = json.loads(data)['cells'], json.loads((ROOT / 'nbs' / name).read_text())['cells']
         assert [(c['id'], c['source']) for c in mine] == [(c['id'], c['source']) for c in theirs]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from atari_hrvq import explore as X
 from atari_hrvq.core import BookError, Stage
-from atari_hrvq.frames import RandomPolicy, collect, legal_actions
+from atari_hrvq.frames import RandomPolicy, collect, legal_actions, screen_positions, state_labels
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.world import WorldModel
 
@@ -104,8 +104,8 @@ def test_code_examples_agree_with_the_codes(tokenizer, episodes):
 
 def test_levels_measure_the_error(tokenizer, episodes):
     coarse = started(episodes, replace(tokenizer.config, grid=1))
-    d = X.level_pictures(tokenizer, episodes, 2, others={'one cell': coarse})
-    assert d['tokenizers'] == [f'{tokenizer.config.grid} x {tokenizer.config.grid} cells', 'one cell'] and d['bits'] == [8 * tokenizer.config.grid ** 2, 8]
+    d, seen = X.level_pictures(tokenizer, episodes, 2, others={'one cell': coarse}), []
+    assert d['tokenizers'] == [f'{tokenizer.config.grid} x {tokenizer.config.grid} cells', 'one cell'] and d['bits'] == [4 * tokenizer.config.grid ** 2, 4]      # of 16 codes
     for r in d['rows']:
         e, i = episodes[r['game']], r['step']
         for by, t in zip(r['by'], (tokenizer, coarse), strict=True):
@@ -113,7 +113,15 @@ def test_levels_measure_the_error(tokenizer, episodes):
             three = t.decode(t.encode(torch.from_numpy(e.frames[[i]][:, None])), game)[0].numpy()
             assert abs(np.square(t.background.median[game].numpy() - e.frames[i]).mean() ** .5 - by['error'][0]) < .02 and len(by['decoded']) == 4
             assert abs(np.square(three - e.frames[i]).mean() ** .5 - by['error'][3]) < .02
-            assert all(v[0] == 1 for v in by['objects'].values())
+            places = {name: xy[0] for name, xy in screen_positions(r['game'], state_labels(r['game'], e.ram[[i]])[0]).items()}
+            median = t.background.median[game].numpy()
+            for name, shares in by['objects'].items():
+                column, row = (min(80, max(3, round(float(v)))) for v in places[name])
+                left = [np.mean([(picture[y, x] - float(e.frames[i, y, x])) ** 2 for y in range(row - 3, row + 4) for x in range(column - 3, column + 4)]) ** .5 for picture in (median, three)]
+                assert shares[0] == 1 and abs(shares[3] - left[1] / left[0]) < 1e-3 and left[0] > 1
+                seen.append((column, row))
+    assert len(seen) > 4 and any(abs(c - r) > 7 for c, r in seen)
+    assert X.level_pictures(tokenizer, episodes, 1, others={'5 codes': started(episodes, replace(tokenizer.config, codes=5))})['bits'][1] == 21       # 9 cells of log2(5) bits
 
 
 def test_experts_are_those_of_the_steps(tokenizer, world, episodes):
@@ -161,15 +169,50 @@ def test_the_player_answers_and_says_what_is_wrong(player):
     assert now['step'] == 0 and [len(p) for p in pictures] == [7056, 7056]
     assert 'illegal' in fresh.handle({'do': 'step', 'action': 17})[0]['sentence'] and '10_agent' in fresh.handle({'do': 'step', 'action': None})[0]['sentence']
     now, pictures = fresh.handle({'do': 'step', 'action': 3})
-    assert now['step'] == 1 and now['by'] == 'you' and len(pictures) == 2 and torch.get_num_threads() >= 1
+    assert now['step'] == 1 and now['by'] == 'you' and len(pictures) == 2
+
+
+@pytest.mark.parametrize('message, expected', [({'do': 'start', 'game': 'pong', 'seed': 'x'}, "seed 'x' is not a whole number from 0 on"), ({'do': 'start', 'seed': -1}, 'seed -1 is not'), ({'do': 'start', 'seed': True}, 'seed True is not'),
+    ({'do': 'step', 'action': 'up'}, "action 'up' is no number of an action: expected one of (0, 1, 3, 4, 11, 12)"), ({'do': 'step', 'action': 1.5}, 'action 1.5 is no number')])
+def test_words_that_are_no_numbers(player, message, expected):
+    fresh = X.Player(player.models, player.episodes)
+    now, _ = fresh.handle({'do': 'start', 'game': 'pong', 'seed': 1})
+    said, pictures = fresh.handle(message)
+    assert expected in said['sentence'] and pictures == []
+    assert fresh.handle({'do': 'step', 'action': 3})[0]['step'] == 1                       # and the dream goes on
+
+
+def test_the_player_dreams_on_one_thread_and_gives_the_others_back(player, monkeypatch):
+    before, inside = torch.get_num_threads(), []
+    monkeypatch.setattr(X.Player, '_handle', lambda self, m: inside.append(torch.get_num_threads()) or ({}, []))
+    try:
+        torch.set_num_threads(2)
+        player.handle({})
+        assert inside == [1] and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+
+
+class Endless(X.Dreamer):
+    "A dream that its untrained world may not end."
+    def step(self, action=None):
+        now = super().step(action); self.over = now['over'] = False
+        return now
 
 
 def test_recordings_branch_from_the_trunk(player):
-    tape = X.recording(X.Dreamer(player.models, player.episodes['pong']), 0, 6, 1, 3)
+    dreamer, keys = Endless(player.models, player.episodes['pong']), ('dream', 'real', 'reward', 'proceed', 'error', 'still', 'action')
+    tape = X.recording(dreamer, 0, 6, 2, 3)
     trunk, *branches = tape['tracks']
-    assert trunk['fork'] is None and {b['keys'] for b in branches} <= {'up', 'down'} and all(b['fork'] < len(trunk['dream']) for b in branches)
-    for t in tape['tracks']: assert len({len(t[k]) for k in ('dream', 'real', 'reward', 'proceed', 'error', 'still', 'action')}) == 1
-    for b in branches: assert set(b['action']) == {X.controls('pong')[b['keys']]}
+    assert trunk['fork'] is None and len(trunk['dream']) == 7 and set(trunk['action']) == {0}
+    assert [(b['fork'], b['keys']) for b in branches] == [(f, k) for f in (2, 4) for k in ('up', 'down')]
+    for track in tape['tracks']: assert len({len(track[k]) for k in keys}) == 1
+    whole = X.record(dreamer, 0, 6)
+    for b in branches:
+        held = X.controls('pong')[b['keys']]
+        assert b['action'] == [held] * 3 and not b['over']
+        rows = X.record(dreamer, 0, b['fork'] + 3, b['fork'], held)
+        for one, other in zip(rows[:b['fork'] + 1], whole, strict=False): assert (one['dream'] == other['dream']).all() and (one['real'] == other['real']).all()
+        assert b['error'] == [round(r['error'], 3) for r in rows[b['fork'] + 1:]] and [r['step'] for r in rows[b['fork'] + 1:]] == list(range(b['fork'] + 1, b['fork'] + 4))
 
 
 def test_the_server_keeps_to_its_key(player):

@@ -73,7 +73,7 @@ def no_quarto(monkeypatch): monkeypatch.setattr(P.shutil, 'which', lambda name: 
 def hashes(folder): return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
-def test_pages_without_quarto(book, tmp_path, no_quarto, capsys):
+def test_pages_without_quarto(book, tmp_path, no_quarto, capsys, monkeypatch):
     root, run = book
     before = {**hashes(root / 'nbs'), **hashes(run)}
     out = P.publish(run, tmp_path / 'docs', root)
@@ -84,7 +84,8 @@ def test_pages_without_quarto(book, tmp_path, no_quarto, capsys):
     for present in ('<h1 id="frames">Frames</h1>', 'references.html#ref-oe2019dots">van Oe et al. (2019)</a>', '(<a href="references.html#ref-oe2019dots">van Oe et al. 2019</a>)',
                     '00_core.html#the-tools', 'api.html#core-fit"><code>fit</code></a>', '<math', 'alt="A dot."', 'id="fig-dot"', '<figcaption>Figure 1.1: A dot.</figcaption>', '#fig-dot">Figure 1.1</a>',
                     'alt="Figure in the section on The picture. A dot is in the middle."', '<summary>Imports</summary>', '<summary>Parameters of the run</summary>', 'runs/mine/x',
-                    '<b id="twin">twin</b>', '<summary>Solution</summary>', '#eq-sum">Equation 1.1</a>', 'rel="prev"', 'rel="next"', 'Apache-2.0', 'aria-current=page', 'id="at-where"'):
+                    '<b id="twin">twin</b>', '<summary>Solution</summary>', '#eq-sum">Equation 1.1</a>', 'rel="prev"', 'rel="next"', 'Apache-2.0', 'aria-current=page', 'id="at-where"',
+                    '<div id="found" role="region" aria-label="Search results" aria-live="polite" hidden>'):
         assert present in page, present
     assert page.index('<summary>Solution</summary>') < page.index('Forty-two.') < page.index('</details>', page.index('Forty-two.'))
     assert '01_frames.html#at-where' in (out / 'index.html').read_text() and 'id="ref-oe2019dots"' in (out / 'references.html').read_text()
@@ -94,6 +95,13 @@ def test_pages_without_quarto(book, tmp_path, no_quarto, capsys):
     kept = (tmp_path / '_proc' / '01_frames.ipynb').read_text()
     assert 'fig-alt' in kept and 'default_exp' not in kept and '"execute_result"' not in kept and (tmp_path / '_proc' / '_quarto.yml').read_bytes() == (root / '_quarto.yml').read_bytes()
     assert P.publish(run, out, root) == out                                     # again, over the pages of last time
+
+    def stuck(self, to): raise OSError('full')
+    with monkeypatch.context() as m:
+        m.setattr(P.Path, 'rename', stuck)
+        pages = hashes(out)
+        with pytest.raises(OSError, match='full'): P.publish(run, out, root)
+    assert hashes(out) == pages and not (tmp_path / '.docs.new').exists()
 
 
 def change(path, old, new): path.write_text(path.read_text().replace(old, new))
@@ -129,6 +137,65 @@ def test_mistakes_are_one_sentence_and_the_old_pages_stay(damage, expected, book
 def test_a_folder_that_holds_something_else_is_left_alone(book, tmp_path, no_quarto):
     with pytest.raises(BookError, match='holds something that is no page set of this book'): P.publish(book[1], book[0], book[0])
     assert (book[0] / 'nbs' / 'index.ipynb').exists()
+
+
+def test_a_project_folder_that_holds_something_else_is_left_alone(book, tmp_path, no_quarto):
+    (tmp_path / '_proc').mkdir(); (tmp_path / '_proc' / 'thesis.txt').write_text('years of work')
+    with pytest.raises(BookError, match='_proc, where the Quarto project goes, holds something that is none'): P.publish(book[1], tmp_path / 'docs', book[0])
+    assert (tmp_path / '_proc' / 'thesis.txt').exists() and not (tmp_path / 'docs').exists()
+    (tmp_path / '_proc' / 'thesis.txt').unlink()
+    P.publish(book[1], tmp_path / 'docs', book[0])
+
+
+def pages_of(folder): return {p.name: p.read_text() for p in folder.iterdir()}
+
+
+def test_pages_are_put_in_place_whole_or_not_at_all(tmp_path, monkeypatch):
+    out, fresh, aside = tmp_path / 'docs', tmp_path / '.docs.new', tmp_path / '.docs.old'
+    def make(folder, text): folder.mkdir(); (folder / 'a.html').write_text(text)
+    make(out, 'old'); make(fresh, 'new')
+    moved = P.Path.rename
+    def stuck(self, to):
+        if self == fresh: raise OSError('full')
+        return moved(self, to)
+    with monkeypatch.context() as m:
+        m.setattr(P.Path, 'rename', stuck)
+        with pytest.raises(OSError, match='full'): P.put_in_place(fresh, out)
+    assert pages_of(out) == {'a.html': 'old'} and pages_of(fresh) == {'a.html': 'new'}
+    with monkeypatch.context() as m:                                            # the old pages cannot be taken away
+        m.setattr(P.shutil, 'rmtree', lambda *_, **__: None)
+        P.put_in_place(fresh, out)
+    assert pages_of(out) == {'a.html': 'new'} and pages_of(aside) == {'a.html': 'old'}
+    make(fresh, 'newer'); P.put_in_place(fresh, out)
+    assert pages_of(out) == {'a.html': 'newer'} and not aside.exists() and not fresh.exists()
+    out.rename(aside); make(fresh, 'newest')                                     # a stop between the two renames
+    with monkeypatch.context() as m:
+        m.setattr(P.Path, 'rename', stuck)
+        with pytest.raises(OSError, match='full'): P.put_in_place(fresh, out)
+    assert pages_of(out) == {'a.html': 'newer'}
+
+
+def contrast(one, other):
+    "The contrast of two colours #rrggbb as WCAG counts it."
+    def light(c):
+        parts = [int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        return sum(w * (x / 12.92 if x <= .03928 else ((x + .055) / 1.055) ** 2.4) for w, x in zip((.2126, .7152, .0722), parts, strict=True))
+    a, b = sorted((light(one), light(other)))
+    return (b + .05) / (a + .05)
+
+
+def test_code_and_text_can_be_read_on_light_and_dark(book, tmp_path, no_quarto):
+    style = (P.publish(book[1], tmp_path / 'docs', book[0]) / 'style.css').read_text()
+    assert round(contrast('#000000', '#ffffff'), 2) == 21 and not re.search(r'summary \{[^}]*opacity', style)
+    seen = {}
+    for theme, head, at in (('light', '', r':root \{'), ('dark', ':root[data-theme=dark] ', r':root\[data-theme=dark\] \{')):
+        colour = dict(re.findall(r'--(\w+): (#\w+)', re.search(at + r'(.*?)\}', style)[1]))
+        panel = colour['panel'] if len(colour['panel']) == 7 else '#' + ''.join(2 * c for c in colour['panel'][1:])
+        seen[theme] = dict(re.findall(rf'^{re.escape(head)}\.highlight \.(\w+) \{{ ?([^}}]*)', style, re.M))
+        for name, rule in {**seen[theme], 'text': f'color: {colour["text"]}', 'soft': f'color: {colour["soft"]}', 'link': f'color: {colour["link"]}'}.items():
+            ink, paper = re.search(r'(?<!-)color: (#\w{6})', rule), re.search(r'background-color: (#\w{6})', rule)
+            if ink and name != 'w': assert contrast(ink[1], paper[1] if paper else panel) >= 4.5, (theme, name, rule)
+    assert 'k' in seen['light'] and set(seen['light']) <= set(seen['dark'])
 
 
 def test_changed_chapters_are_named(book, tmp_path, no_quarto, capsys):
@@ -190,6 +257,22 @@ def test_the_configuration_of_this_book():
     assert config['project']['output-dir'] == '_docs' and set(config['format']['html']['theme']) == {'light', 'dark'} and config['execute'] == {'enabled': False}
     entries = P.read_bib((ROOT / 'references.bib').read_text())
     assert len(entries) > 40 and all({'title', 'author', 'year'} <= set(e) and not re.search(r'[{}\\]', ' '.join(e.values())) for e in entries.values())
+
+
+@pytest.mark.parametrize('entry, year, link', [
+    ('year = 2019, url={www.oe.org/a}', '2019', '<a href="https://www.oe.org/a">www.oe.org/a</a>'), ('year={2019}, url={https://oe.org/?a=1&b="2"}', '2019', '<a href="https://oe.org/?a=1&amp;b=&quot;2&quot;">oe.org/?a=1&amp;b=&quot;2&quot;</a>'),
+    ('doi={10.1/x}', 'no year', '<a href="https://doi.org/10.1/x">doi.org/10.1/x</a>'), ('month = 5,\n  year=2019\n', '2019', '')])
+def test_bibtex_as_others_write_it(entry, year, link):
+    entries = P.read_bib(f'@misc{{oe2019x,\n title={{year = 3, {{A}}}}, author={{Oe, J}}, {entry}}}\n@misc{{b2020y, title={{B}}}}\n')
+    assert list(entries) == ['oe2019x', 'b2020y'] and entries['oe2019x']['title'] == 'year = 3, A'
+    first = next(line for line in P.bibliography(entries).splitlines() if 'ref-oe2019x' in line)
+    assert f'J Oe ({year}). <em>' in first and (link in first if link else '<a' not in first)
+    assert P.cite('@oe2019x [@oe2019x]', entries) == f'[Oe ({year})](references.qmd#ref-oe2019x) ([Oe {year}](references.qmd#ref-oe2019x))'
+
+
+@pytest.mark.parametrize('field', ['title = "A"', 'year = 2019a', 'journal = tmlr', 'nothing'])
+def test_bibtex_that_is_not_read_is_named(field):
+    with pytest.raises(BookError, match=r'references.bib: oe2019x cannot be read from "(title|a|journal|nothing).*" on'): P.read_bib(f'@misc{{oe2019x, author={{Oe, J}}, {field}, url={{x}}}}')
 
 
 # ------------------------------------------------------------------ the results table

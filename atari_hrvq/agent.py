@@ -166,17 +166,17 @@ class LoopConfig:
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
 
 # %% ../nbs/10_agent.ipynb #replay
-def replay_frames(replay, games, size):
+def replay_frames(replay, games, size, newest=1):
     """A function of `rng` for `fit`: `(frames uint8 [size, 1, 84, 84], action int64 [size], game int64 [size])`, equal numbers of each game.
 
-    `replay`: {game: list of Episodes, oldest first}. Once there is more than one, half of the frames are drawn from the newest."""
+    `replay`: {game: list of Episodes, oldest first}. Once there are more, half of the frames are drawn from the `newest` of them."""
     def batch(rng):
         frames, game = [], []
         for j, (g, parts) in enumerate(replay.items()):
             n = size // len(replay) + (j < size % len(replay))
             ends = np.cumsum([len(e) for e in parts])
             at = rng.integers(ends[-1], size=n)
-            if len(parts) > 1: at[:n // 2] = rng.integers(ends[-2], ends[-1], size=n // 2)
+            if len(parts) > newest: at[:n // 2] = rng.integers(ends[-newest - 1], ends[-1], size=n // 2)
             part = np.searchsorted(ends, at, 'right')
             for k in np.unique(part): frames.append(np.asarray(parts[k].frames[np.sort(at[part == k]) - (ends[k] - len(parts[k]))]))
             game.append(np.full(n, games.index(g)))
@@ -218,7 +218,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
             episodes = {} if last else {g: load_stored(stage, f'{name}-replay-{g}-{r}') for g in replay}
         else:
             fed = steps() > known
-            data, recent = study(stage, agent, replay, c, r, fed)
+            data, recent = study(stage, agent, replay, c, r, fed, c.last if last else 1)
             curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), falling=last, desc=f'round {r}: dreaming')
             curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
             tail = curve[-max(1, len(curve) // 5):]
@@ -251,14 +251,14 @@ def tell(row):
     "One line about a round that is over."
     print(f'round {row["round"]}: {row["real_steps"]} real steps a game before it; reward a step: ' + ', '.join(f'{k[13:]} dreamt {v:+.4f}, real ' + (f'{row[f"real_reward_{k[13:]}"]:+.4f}' if f'real_reward_{k[13:]}' in row else 'not played') for k, v in row.items() if k.startswith('dream_reward_')), flush=True)
 
-def study(stage, agent, replay, c, r, fed=True):
-    "Tokenizer and world model learn from `replay` before the dreams of round `r`; returns the replay as `{game: Tokens}` and, if it was `fed` a new part, where that begins."
+def study(stage, agent, replay, c, r, fed=True, newest=1):
+    "Tokenizer and world model learn from `replay` before the dreams of round `r`, half of it from the `newest` parts; returns the replay as `{game: Tokens}` and, if it was `fed`, where those begin."
     seed = derive(stage.seed, 'study', r)
     if r and c.tokenizer_steps:
-        fit(agent.tokenizer, replay_frames(replay, agent.games, c.frames), FitConfig(c.tokenizer_steps, lr=c.tokenizer_lr), seed=seed, checkpoint=stage.checkpoint(f'tokenizer-{r}'), desc=f'round {r}: learning to see')
+        fit(agent.tokenizer, replay_frames(replay, agent.games, c.frames, newest), FitConfig(c.tokenizer_steps, lr=c.tokenizer_lr), seed=seed, checkpoint=stage.checkpoint(f'tokenizer-{r}'), desc=f'round {r}: learning to see')
         agent.world.follow(agent.tokenizer)
     data = {g: join_tokens([tokenise(agent.tokenizer, e) for e in parts]) for g, parts in replay.items()}
-    recent = {g: len(data[g]) - len(parts[-1]) for g, parts in replay.items()} if fed and len(next(iter(replay.values()))) > 1 else None
+    recent = {g: len(data[g]) - sum(map(len, parts[-newest:])) for g, parts in replay.items()} if fed and len(next(iter(replay.values()))) > newest else None
     if steps := c.world_steps if r else c.begin_world:
         fit(agent.world, token_batches(data, c.batch, c.window, recent), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
     return data, recent

@@ -96,6 +96,8 @@ def test_half_of_the_frames_are_new(parts):
     assert frames.shape == (40, 1, 84, 84) and frames.dtype == torch.uint8 and game.tolist() == [1] * 40 and len(action) == 40
     share = sum(any(np.array_equal(f[0], x) for x in new.frames) for f in frames.numpy()) / 40
     assert .5 <= share <= .9
+    frames, _, _ = replay_frames({'breakout': [old, old, new]}, ['pong', 'breakout'], 40, newest=2)(np.random.default_rng(0))      # now the new part is a quarter of the half
+    assert sum(any(np.array_equal(f[0], x) for x in new.frames) for f in frames.numpy()) / 40 < share
 
 
 def test_a_fresh_agent_sees_only_what_it_is_given(parts, tmp_path):
@@ -126,7 +128,12 @@ def test_an_agent_that_goes_on_plays_first_once_and_counts_on(parts, shipped, tm
     for g, e in new.items(): replay[g].append(e)
     data, recent = module.study(stage, agent, replay, replace(config, begin_world=0), 0)
     assert recent == {g: 180 for g in GAMES} and all(len(d) == 204 for d in data.values())
+    assert [module.study(stage, agent, replay, replace(config, begin_world=0), 0, True, n)[1] for n in (2, 3)] == [{g: 90 for g in GAMES}, None]
+    config, original, newest = replace(config, last=2), module.study, []
+    def study(*args): newest.append(args[6]); return original(*args)
+    monkeypatch.setattr(module, 'study', study)
     history, _ = learn(stage, agent, ppo, replay, config, known=180)
+    assert newest == [1, 2]                                                                         # the last round, which studies twice as long, takes the newest two parts for new
     assert [h['real_steps'] for h in history] == [1024, 1048] and agent.real_steps == 1048 and not any('replayed' in h for h in history)
     assert Agent.from_pretrained(agent.save_pretrained(tmp_path / 'a')).real_steps == 1048
 

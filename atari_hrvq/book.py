@@ -324,7 +324,7 @@ def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None,
     root, folder = root or repo_root(), Path(run).absolute()
     require(jobs is None or jobs >= 1, f'{jobs} chapters at a time is no number from 1 on')
     for m in ('papermill', 'nbclient', 'ipykernel'): require(find_spec(m), f'running the chapters needs {m}: install the extra (pip install "atari-hrvq[book]")')
-    with locked(folder):
+    with locked(folder), contextlib.chdir(root):                     # papermill goes there for each chapter and comes back: two at a time must not carry each other away
         made = read_json(folder / 'run.json', {})
         require(not made or {'start': 'scratch', **made} == parameters, f'{folder} was made by another configuration ({made}), not {parameters}: choose another run folder')
         for left in folder.glob('.kernels-*'):

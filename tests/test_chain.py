@@ -235,7 +235,7 @@ def left(run):
 
 def test_a_chapter_that_fails_stops_the_other(three, tmp_path):
     root, run = three(a='time.sleep(5); 1 / 0', b='time.sleep(300)'), tmp_path / 'r'
-    began, seen = time.time(), []
+    began, seen, here = time.time(), [], Path.cwd()
     watcher = threading.Thread(target=lambda: seen.extend(wait_for(lambda: left(run)))); watcher.start()
     with pytest.raises(book.StageFailed, match='01_a failed with ZeroDivisionError'): book.run_chain(run, 'smoke', ['pong'], root=root, jobs=2)
     stages = json.loads((run / 'manifest.json').read_text())['stages']
@@ -245,6 +245,7 @@ def test_a_chapter_that_fails_stops_the_other(three, tmp_path):
     three()
     book.run_chain(run, 'smoke', ['pong'], root=root, jobs=2)                   # and the same command goes on
     assert json.loads((run / 'manifest.json').read_text())['stages']['03_c']['state'] == 'done'
+    assert Path.cwd() == here                                                  # two at a time did not carry each other away
 
 
 def test_two_chapters_may_save_at_once(tmp_path):

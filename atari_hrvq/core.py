@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #imports
 from __future__ import annotations
-import hashlib, io, json, math, os, sys, time
+import hashlib, io, json, math, os, shutil, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from tqdm.std import tqdm
 __all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'BookError', 'require', 'choices', 'pick',
            'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'precision', 'count_parameters', 'symlog',
            'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic', 'write_json', 'save_tree',
-           'load_arrays', 'load_tree', 'file_hash', 'Pretrained', 'load_weights', 'progress', 'Monitor', 'FitConfig',
-           'learning_rate', 'make_adamw', 'settings', 'fit', 'fingerprint', 'save_checkpoint', 'load_checkpoint',
-           'plot_history', 'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number',
-           'Table', 'bootstrap_mean']
+           'load_arrays', 'load_tree', 'file_hash', 'put_in_place', 'Pretrained', 'load_weights', 'progress', 'Monitor',
+           'FitConfig', 'learning_rate', 'make_adamw', 'settings', 'fit', 'fingerprint', 'save_checkpoint',
+           'load_checkpoint', 'plot_history', 'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics',
+           'clean_number', 'Table', 'bootstrap_mean']
 
 # %% ../nbs/00_core.ipynb #errors
 class BookError(Exception):
@@ -168,6 +168,19 @@ def load_tree(path, device='cpu'):
 def file_hash(path):
     "SHA-256 of a file, hexadecimal."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+# %% ../nbs/00_core.ipynb #put-in-place
+def put_in_place(fresh, out):
+    "Let the folder `fresh` take the place of `out` by two renames; where one fails, the old one stays."
+    old = out.with_name(f'.{out.name}.old')
+    if old.exists() and not out.exists(): old.rename(out)                          # a stop between the two, last time
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists(): out.rename(old)
+    try: fresh.rename(out)
+    except OSError:
+        if old.exists(): old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #pretrained
 class Pretrained(torch.nn.Module):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from .agent import Agent, head, packed_replay, shipped_replay
 from .claims import ledger
-from .core import (BookError, SHIPPED, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, read_json, read_metrics, repo_path, require, rng_for,
+from .core import (BookError, SHIPPED, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, put_in_place, read_json, read_metrics, repo_path, require, rng_for,
                              save_tree, seed_all, write_atomic, write_json)
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
 from .encoder import labels_at, state_fidelity
@@ -22,9 +22,8 @@ from .hrvq import Tokenizer
 from .world import WorldModel, tokenise
 
 # %% auto #0
-__all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'halved', 'seal', 'replace_folder', 'pack', 'compared',
-           'verify', 'score', 'film', 'film_strip', 'fidelity_of_play', 'joined', 'memory_of', 'ship_agent',
-           'loop_seconds', 'agent_card']
+__all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'halved', 'seal', 'pack', 'compared', 'verify', 'score',
+           'film', 'film_strip', 'fidelity_of_play', 'joined', 'memory_of', 'ship_agent', 'loop_seconds', 'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -68,14 +67,6 @@ def seal(folder, made):
     files = sorted(p for p in folder.rglob('*') if p.is_file() and p.name != 'manifest.json')
     write_json(folder / 'manifest.json', {'made': made, 'files': {str(p.relative_to(folder)): file_hash(p) for p in files}})
 
-def replace_folder(new, folder):
-    "Put the folder `new` in the place of `folder` by two renames, so that one of them is whole at any moment."
-    old = folder.with_name(f'.{folder.name}.old')
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists(): folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
 def pack(agent, folder, contexts, scores, made, steps=15, seed=0, replay=None):
     """Write `agent` as a folder to ship; an older folder of that name is replaced once the new one is whole. Returns what a reader will load.
 
@@ -91,7 +82,7 @@ def pack(agent, folder, contexts, scores, made, steps=15, seed=0, replay=None):
     if replay: save_tree(new / 'replay.safetensors', replay)
     write_json(new / 'scores.json', scores)
     seal(new, made)
-    replace_folder(new, folder)
+    put_in_place(new, folder)
     return Agent.from_pretrained(folder)
 
 # %% ../nbs/14_pretrained.ipynb #verify
@@ -260,7 +251,7 @@ def ship_agent(run, folder, made, episodes=30):
         write_json(new / 'claims.json', ledger(rows, config['profile']))
         write_atomic(new / 'README.md', agent_card(new))
         seal(new, made)                                             # again: the films and the card are files too
-        replace_folder(new, folder)
+        put_in_place(new, folder)
     return folder
 
 def loop_seconds(made):

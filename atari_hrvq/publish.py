@@ -12,7 +12,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 import atari_hrvq
 from .book import STAGES, check_files, clock, hardware, kernel_environment, logged_kernel, repo_root, versions
-from .core import BookError, read_json, require, write_atomic
+from .core import BookError, put_in_place, read_json, require, write_atomic
 
 # %% auto #0
 __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'run_fresh',
@@ -23,7 +23,7 @@ __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCR
            'in_prose', 'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of', 'bibliography', 'cite',
            'label_numbers', 'boxes', 'translate', 'say_undrawn', 'slug', 'markdown_renderer', 'page_body', 'page_html',
            'check_page', 'check_pages', 'sections', 'render_html', 'render_quarto', 'executed', 'differing',
-           'prepared_books', 'put_in_place', 'write_project', 'publish']
+           'prepared_books', 'write_project', 'publish']
 
 # %% ../nbs/92_publish.ipynb #executed-fresh
 def run_fresh(path, root):
@@ -845,18 +845,6 @@ def prepared_books(root, run, pages, log):
     return books
 
 # %% ../nbs/92_publish.ipynb #write-project
-def put_in_place(fresh, out):
-    "Let the folder `fresh` take the place of `out` by two renames; where one fails, the old one stays."
-    old = out.with_name(f'.{out.name}.old')
-    if old.exists() and not out.exists(): old.rename(out)                          # a stop between the two, last time
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists(): out.rename(old)
-    try: fresh.rename(out)
-    except OSError:
-        if old.exists(): old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
 def write_project(project, root, books, pages):
     "A Quarto project of the prepared notebooks, ready for `quarto render` and `quarto publish`."
     shutil.rmtree(project, ignore_errors=True)

@@ -242,8 +242,7 @@ def known_before(agent, episodes, window, seed=0):
         at = np.sort(rng_for(seed, 'balls').choice(len(episodes), min(1000, len(episodes)), replace=False))
         real = agent.tokenizer.background(torch.from_numpy(episodes.frames[at][:, None]).to(agent.device), torch.full((len(at),), game, device=agent.device))[0][:, 0]
         drawn = agent.tokenizer.decode_foreground(tokens.codes[at].to(agent.device), game=torch.full((len(at),), game, device=agent.device))
-        at, missed = meetings(episodes.game, episodes.ram, episodes.rewards < 0 if episodes.game == 'pong' else episodes.life_lost, episodes.episode)
-        out['told_apart'] = told_apart(agent.world, tokens, at, missed, game, agent.context, early=3, seed=seed)[0]
+        out['told_apart'] = told_apart(agent.world, tokens, *meetings(episodes), game, agent.context, early=3, seed=seed)[0]
         out['ball_recall'] = ball_recall(real, drawn, BALL_BOX[episodes.game])[0]
     return out
 

@@ -218,11 +218,13 @@ def events_ahead(tokens, context, reach):
 # %% ../nbs/08_dream.ipynb #meetings
 MEETINGS = {'pong': ('ball_x', 160), 'breakout': ('ball_y', 150)}     # what grows while the ball comes, and from where on it is near the paddle
 
-def meetings(game, ram, lost, episode, patience=12):
-    """`(at int64 [M], missed bool [M])`: the last steps of the ball's approaches to the player's paddle, and whether it got past.
+def meetings(episodes, first=None, patience=12):
+    """`(at int64 [M], missed bool [M])`: the last steps of the ball's approaches to the player's paddle in an `Episodes` (in its `first` steps), and whether it got past.
 
-    `ram` uint8 [N, 128]; `lost` bool [N]: a point or a life is lost in the step; `episode` int64 [N]. An approach counts as a loss if one follows within
-    `patience` steps before the ball is seen to go away, as a hit if the ball goes away first; what is cut off or unseen before that does not count."""
+    An approach counts as a loss if a point (Pong) or a life (Breakout) is lost within `patience` steps before the ball is seen to go away, as a hit if the ball
+    goes away first; what is cut off or unseen before that does not count."""
+    game, ram, episode = episodes.game, episodes.ram[:first], episodes.episode[:first]
+    lost = (episodes.rewards < 0 if game == 'pong' else episodes.life_lost)[:first]
     require(game in MEETINGS, f'no ball comes to a paddle in {game}: expected one of {", ".join(MEETINGS)}')
     (axis, near), (labels, names, present) = MEETINGS[game], state_labels(game, ram)
     v, seen = labels[:, names.index(axis)], present[:, names.index(axis)]

@@ -29,7 +29,7 @@ def count_table(codes, game, games, size=256):
     np.add.at(table, (np.asarray(game), np.asarray(codes, np.int64)), 1.)
     require((table.sum(1) > 0).all(), 'every game needs at least one code: one of them has none')
     n = table.sum(1)
-    return table * (games / (1 / n).sum() / n)[:, None]                # in all as many as would tell as much if each game had its share: the rare game decides the bias
+    return table * (games / (1 / n).sum() / n)[:, None]                # their harmonic mean a game: the rarest decides how biased it is
 
 def game_information(table):
     "Bits I(game; code) of a count table [G, K], with the Miller-Madow bias taken off (can be slightly below 0)."

@@ -298,9 +298,11 @@ def test_meetings_and_what_dreams_say_of_them(monkeypatch):
     x = [150, 165, 175, 185, 175, 160] + [150, 165, 175, 185, 195, 200] + [150, 170, 180] + [150, 170, 180] + [0] * 15
     ram, episode = np.zeros((len(x), 128), np.uint8), np.repeat([0, 1, 2], [12, 3, 18])
     ram[:, 54], ram[:, 49] = 100, x
-    at, missed = dream.meetings('pong', ram, np.arange(len(x)) == 11, episode)
-    assert at.tolist() == [3, 11] and missed.tolist() == [False, True]
-    with pytest.raises(BookError, match='no ball comes'): dream.meetings('ms_pacman', ram, episode > 5, episode)
+    episodes = SimpleNamespace(game='pong', ram=ram, rewards=-(np.arange(len(x)) == 11).astype(float), life_lost=episode > 5, episode=episode)
+    at, missed = dream.meetings(episodes)
+    assert at.tolist() == [3, 11] and missed.tolist() == [False, True] and dream.meetings(episodes, 10)[0].tolist() == [3]
+    episodes.game = 'ms_pacman'
+    with pytest.raises(BookError, match='no ball comes'): dream.meetings(episodes)
     class Forty(SimpleNamespace):
         def __len__(self): return 40
     tokens, seen = Forty(episode=torch.zeros(40, dtype=torch.long)), []

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from .core import (FitConfig, SHIPPED, Stage, derive, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json, repo_path,
                              require, rng_for, save_checkpoint, seed_all, write_json)
-from .dream import Contexts, DreamVectorEnv, meetings, observation_size, observe, told_apart
+from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart
 from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
 from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, rollout, score_of_play
@@ -119,11 +119,11 @@ def join_tokens(parts):
     return Tokens(**cat, episode=torch.cat([p.episode + int(o) for p, o in zip(parts, offset, strict=False)]))
 
 # %% ../nbs/10_agent.ipynb #improve
-def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, desc='dreaming'):
+def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, desc='dreaming'):
     """Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, of all and of each game, PPO's metrics).
-    With `falling` the learning rate falls linearly to zero."""
-    envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True)
-    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, desc, asdict(ppo.config), agent.policy.config.mix), 0, []
+    With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight of [chapter 8](08_dream.ipynb)."""
+    envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True, foresight=foresight)
+    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix), 0, []
     saved = load_checkpoint(checkpoint, mark)
     if saved: ppo.load_state(saved['ppo']); first, history = saved['step'], saved['history']
     clock = time.time()
@@ -163,6 +163,7 @@ class LoopConfig:
     begin_lr: float = 1e-3
     tokenizer_lr: float = 5e-4  # after the beginning, where it is four times that
     mix: float = .01          # share of a uniform choice among the legal actions in the policy
+    foresight: bool = True    # the dreams pay for a step the mean of what all states said of it
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
 
 # %% ../nbs/10_agent.ipynb #replay
@@ -218,8 +219,8 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
             episodes = {} if last else {g: load_stored(stage, f'{name}-replay-{g}-{r}') for g in replay}
         else:
             fed = steps() > known
-            data, recent = study(stage, agent, replay, c, r, fed, c.last if last else 1)
-            curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), falling=last, desc=f'round {r}: dreaming')
+            data, recent = study(stage, agent, replay, c, r, c.last if last else 1)
+            curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), falling=last, foresight=c.foresight, desc=f'round {r}: dreaming')
             curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
             tail = curve[-max(1, len(curve) // 5):]
             row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
@@ -242,7 +243,7 @@ def known_before(agent, episodes, window, seed=0):
         at = np.sort(rng_for(seed, 'balls').choice(len(episodes), min(1000, len(episodes)), replace=False))
         real = agent.tokenizer.background(torch.from_numpy(episodes.frames[at][:, None]).to(agent.device), torch.full((len(at),), game, device=agent.device))[0][:, 0]
         drawn = agent.tokenizer.decode_foreground(tokens.codes[at].to(agent.device), game=torch.full((len(at),), game, device=agent.device))
-        out['told_apart'] = told_apart(agent.world, tokens, *meetings(episodes), game, agent.context, early=3, seed=seed)[0]
+        out['told_apart'] = told_apart(*losses_told(agent.world, tokens, *meetings(episodes), game, agent.context, early=3, seed=seed, foresight=True))
         out['ball_recall'] = ball_recall(real, drawn, BALL_BOX[episodes.game])[0]
     return out
 
@@ -250,14 +251,14 @@ def tell(row):
     "One line about a round that is over."
     print(f'round {row["round"]}: {row["real_steps"]} real steps a game before it; reward a step: ' + ', '.join(f'{k[13:]} dreamt {v:+.4f}, real ' + (f'{row[f"real_reward_{k[13:]}"]:+.4f}' if f'real_reward_{k[13:]}' in row else 'not played') for k, v in row.items() if k.startswith('dream_reward_')), flush=True)
 
-def study(stage, agent, replay, c, r, fed=True, newest=1):
-    "Tokenizer and world model learn from `replay` before the dreams of round `r`, half of it from the `newest` parts; returns the replay as `{game: Tokens}` and, if it was `fed`, where those begin."
+def study(stage, agent, replay, c, r, newest=1):
+    "Tokenizer and world model learn from `replay` before the dreams of round `r`, half of it from the `newest` parts if there are more; returns the replay as `{game: Tokens}` and where those begin."
     seed = derive(stage.seed, 'study', r)
     if r and c.tokenizer_steps:
         fit(agent.tokenizer, replay_frames(replay, agent.games, c.frames, newest), FitConfig(c.tokenizer_steps, lr=c.tokenizer_lr), seed=seed, checkpoint=stage.checkpoint(f'tokenizer-{r}'), desc=f'round {r}: learning to see')
         agent.world.follow(agent.tokenizer)
     data = {g: join_tokens([tokenise(agent.tokenizer, e) for e in parts]) for g, parts in replay.items()}
-    recent = {g: len(data[g]) - sum(map(len, parts[-newest:])) for g, parts in replay.items()} if fed and len(next(iter(replay.values()))) > newest else None
+    recent = {g: len(data[g]) - sum(map(len, parts[-newest:])) for g, parts in replay.items()} if len(next(iter(replay.values()))) > newest else None
     if steps := c.world_steps if r else c.begin_world:
         fit(agent.world, token_batches(data, c.batch, c.window, recent), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
     return data, recent
@@ -267,9 +268,9 @@ def going_on(c):
     "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it."
     return replace(c, rounds=1, iterations=2 * c.iterations, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
 
-def dreaming_on(c):
-    "The loop for an agent that has learned before and plays nothing new: its model stays as it is, and it dreams four times as long as in a round."
-    return replace(c, rounds=0, last=4, first=0, begin_tokenizer=0, begin_world=0)
+def dreaming_on(c, whole):
+    "The loop for an agent that has learned before and plays nothing new: it dreams four times as long as in a round. If its replay is the `whole` of what it learned from, its model studies as long before; of a part it would learn by heart, so it stays as it is."
+    return replace(c, rounds=0, last=4, first=0, begin_tokenizer=0, begin_world=4 * c.world_steps * whole, begin_lr=c.world_lr)
 
 def first_play(stage, agent, c):
     "What `agent` plays before its first round, {game: Episodes}; stored as seeds and actions, and not played again if it is there."

@@ -19,9 +19,9 @@ from .hrvq import BALL_BOX, Tokenizer, ball_position
 from .world import WorldModel, f1, load_tokens, token_batches
 
 # %% auto #0
-__all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'DreamVectorEnv', 'DreamEnv', 'make_dream', 'OpenLoop',
-           'open_loop', 'position_probes', 'extrapolate', 'untouched_within', 'events_ahead', 'meetings', 'told_apart',
-           'dream_gif', 'reliability']
+__all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv', 'make_dream',
+           'OpenLoop', 'open_loop', 'position_probes', 'extrapolate', 'untouched_within', 'events_ahead', 'meetings',
+           'losses_told', 'told_apart', 'dream_gif', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -60,19 +60,39 @@ def observe(z_BP, before_BP, hidden_BD):
     "float32 [B, F]: current and last cell vectors [B, P, cell_dim] and hidden [B, D], side by side."
     return torch.cat([z_BP.flatten(1), before_BP.flatten(1), hidden_BD.float()], 1)
 
+# %% ../nbs/08_dream.ipynb #foresight
+class Foresight:
+    "@eq-foresight for rows of dreams whose last real state is `hidden` float [n, D]: called with the state after each step, it returns the reward of that step, float [n]."
+    def __init__(self, world, hidden):
+        self.head, self.sum, self.count = world.reward, *(hidden.new_zeros(len(hidden), world.reward.ahead) for _ in range(2))
+        self.restart(slice(None), hidden)
+
+    @torch.no_grad()
+    def signs(self, hidden): return self.head(hidden).float().softmax(-1) @ self.head.read[:, 0]      # [n, A]
+
+    def restart(self, rows, hidden):
+        "The dreams `rows` begin anew from `hidden`."
+        self.sum[rows], self.count[rows] = 0., 0.
+        self.sum[rows, :-1], self.count[rows, :-1] = self.signs(hidden)[:, 1:], 1.
+
+    def __call__(self, hidden):
+        total, count = self.sum + self.signs(hidden), self.count + 1
+        self.sum, self.count = torch.nn.functional.pad(total[:, 1:], (0, 1)), torch.nn.functional.pad(count[:, 1:], (0, 1))
+        return total[:, 0] / count[:, 0]
+
 # %% ../nbs/08_dream.ipynb #env
 class DreamVectorEnv(gym.vector.VectorEnv):
     """`num_envs` dreams of a `WorldModel`, started from `Contexts`.
 
-    Observations float32 [n, F] (`observation_size`), rewards the expected sign, `terminated` sampled, `truncated` at `horizon`;
+    Observations float32 [n, F] (`observation_size`), rewards the expected sign (with `foresight` @eq-foresight), `terminated` sampled, `truncated` at `horizon`;
     `infos['action_mask']` int8 [n, 18], `infos['game']`. With `tensors=True` everything stays a torch tensor on the model's device."""
     metadata = {'autoreset_mode': AutoresetMode.DISABLED, 'render_modes': ['rgb_array']}
 
-    def __init__(self, world, contexts, num_envs, horizon=16, temperature=(.5, 0., 0.), tensors=False, tokenizer=None):
+    def __init__(self, world, contexts, num_envs, horizon=16, temperature=(.5, 0., 0.), tensors=False, tokenizer=None, foresight=False):
         if tokenizer is not None: world.check_tokenizer(tokenizer)
         require(isinstance(temperature, (tuple, list)) and len(temperature) == world.config.levels and min(temperature) >= 0, f'expected one temperature from 0 on for each of {world.config.levels} levels, got {temperature}')
         require(num_envs >= 1, f'num_envs must be at least 1, got {num_envs}')
-        self.world, self.contexts, self.num_envs, self.horizon, self.temperature, self.tensors, self.tokenizer = world, contexts, num_envs, horizon, temperature, tensors, tokenizer
+        self.world, self.contexts, self.num_envs, self.horizon, self.temperature, self.tensors, self.tokenizer, self.foresight = world, contexts, num_envs, horizon, temperature, tensors, tokenizer, foresight
         self.render_mode = 'rgb_array' if tokenizer is not None else None
         self.device = next(world.parameters()).device
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_size(world),), np.float32)
@@ -97,10 +117,12 @@ class DreamVectorEnv(gym.vector.VectorEnv):
             codes, actions, game = (x.to(self.device) for x in self.contexts(len(rows), self.rng))
             if mask is None or len(rows) == self.num_envs:
                 self.cache = self.world.start(codes, actions, game)
+                self.foreseen = Foresight(self.world, self.cache.hidden) if self.foresight else None
                 self.age, self.over = torch.zeros(self.num_envs, dtype=torch.long, device=self.device), torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
             else:
                 rows = rows.to(self.device)
                 self.world.restart(self.cache, rows, codes, actions, game)
+                if self.foresight: self.foreseen.restart(rows, self.cache.hidden[rows])
                 self.age[rows], self.over[rows] = 0, False
         return self._observation(), self._info()
 
@@ -118,7 +140,8 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         alive = ~self.over
         ended = torch.rand(self.num_envs, generator=self.generator).to(self.device) > out.proceed
         terminated, truncated = alive & ended, alive & ~ended & (self.age >= self.horizon)
-        reward = torch.where(alive, out.reward, torch.zeros_like(out.reward))
+        reward = self.foreseen(self.cache.hidden) if self.foresight else out.reward
+        reward = torch.where(alive, reward, torch.zeros_like(reward))
         self.over = self.over | terminated | truncated
         return self._observation(), *(self._out(x) for x in (reward, terminated, truncated)), self._info()
 
@@ -170,16 +193,16 @@ class OpenLoop(NamedTuple):
     proceed: torch.Tensor
 
 @torch.no_grad()
-def open_loop(world, tokens, game, context, horizon, starts, temperature=(.5, 0., 0.), seed=0):
+def open_loop(world, tokens, game, context, horizon, starts, temperature=(.5, 0., 0.), seed=0, foresight=False):
     """Dream with the real actions from `starts` int64 [S]. Returns `OpenLoop(codes uint8 [S, H, P, L], reward float [S, H], proceed float [S, H])`:
-    `codes[:, k]` belong to step `start + context + k`, the expected sign of the reward and the probability that the game goes on to the step before it."""
+    `codes[:, k]` belong to step `start + context + k`, the expected sign of the reward (with `foresight` @eq-foresight) and the probability that the game goes on to the step before it."""
     device = next(world.parameters()).device
     at = torch.from_numpy(np.asarray(starts)[:, None] + np.arange(context))
     cache = world.start(tokens.codes[at].to(device), tokens.actions[at[:, :-1]].to(device), torch.full((len(at),), game, device=device))
-    generator, out = torch.Generator().manual_seed(seed), []
+    generator, foreseen, out = torch.Generator().manual_seed(seed), Foresight(world, cache.hidden) if foresight else None, []
     for k in range(horizon):
         s = world.step(cache, tokens.actions[at[:, -1] + k].to(device), temperature, generator)
-        out.append((s.codes.to(torch.uint8).cpu(), s.reward.cpu(), s.proceed.cpu()))
+        out.append((s.codes.to(torch.uint8).cpu(), (foreseen(cache.hidden) if foresight else s.reward).cpu(), s.proceed.cpu()))
     return OpenLoop(*(torch.stack(x, 1) for x in zip(*out, strict=True)))
 
 def position_probes(tokenizer, tokens, episodes, kind='mlp', seed=0, only=None):
@@ -216,41 +239,45 @@ def events_ahead(tokens, context, reach):
     return s, {k: (flag[steps] & counts).any(1) for k, flag in (('reward', tokens.rewards.numpy() != 0), ('end', done))}
 
 # %% ../nbs/08_dream.ipynb #meetings
-MEETINGS = {'pong': ('ball_x', 160), 'breakout': ('ball_y', 150)}     # what grows while the ball comes, and from where on it is near the paddle
+MEETINGS = {'pong': ('ball_x', 160, 182), 'breakout': ('ball_y', 150, 174)}     # what grows while the ball comes, from where on it is near the paddle, and the line that it reaches before any paddle does
 
 def meetings(episodes, first=None, patience=12):
-    """`(at int64 [M], missed bool [M])`: the last steps of the ball's approaches to the player's paddle in an `Episodes` (in its `first` steps), and whether it got past.
+    """`(at int64 [M], missed bool [M])`: for each approach of the ball to the player's paddle in an `Episodes` (in its `first` steps) the last step before it crosses the paddle's line, and whether it got past.
 
-    An approach counts as a loss if a point (Pong) or a life (Breakout) is lost within `patience` steps before the ball is seen to go away, as a hit if the ball
+    The line lies where no ball has been hit yet, so that nothing but the outcome sets hits and losses apart. An approach counts as a loss if a point (Pong) or a life (Breakout) is lost within `patience` steps before the ball is seen to go away, as a hit if the ball
     goes away first; what is cut off or unseen before that does not count."""
     game, ram, episode = episodes.game, episodes.ram[:first], episodes.episode[:first]
     lost = (episodes.rewards < 0 if game == 'pong' else episodes.life_lost)[:first]
     require(game in MEETINGS, f'no ball comes to a paddle in {game}: expected one of {", ".join(MEETINGS)}')
-    (axis, near), (labels, names, present) = MEETINGS[game], state_labels(game, ram)
+    (axis, near, line), (labels, names, present) = MEETINGS[game], state_labels(game, ram)
     v, seen = labels[:, names.index(axis)], present[:, names.index(axis)]
     comes = np.zeros(len(v), bool)
     comes[1:] = seen[1:] & seen[:-1] & (v[1:] > v[:-1]) & (v[1:] > near) & (episode[1:] == episode[:-1])
-    at, missed = [], []
+    before, at, missed = np.maximum.accumulate(np.where(comes & (v <= line), np.arange(len(v)), -1)), [], []
     for t in np.flatnonzero(comes):
+        if before[t] < 0 or not comes[before[t]:t].all(): continue         # it was first seen beyond the line
         for k in range(t, min(t + patience, len(v) - 1)):
             if k > t and comes[k]: break                                   # it comes still: a later step is the last one
-            if lost[k]: at.append(t); missed.append(True); break
+            if lost[k]: at.append(before[t]); missed.append(True); break
             if episode[k + 1] != episode[t]: break
-            if k > t and seen[k] and v[k] < v[t]: at.append(t); missed.append(False); break
+            if k > t and seen[k] and v[k] < v[t]: at.append(before[t]); missed.append(False); break
     return np.array(at, np.int64), np.array(missed, bool)
 
-def told_apart(world, tokens, at, missed, game, context=8, early=0, reach=12, draws=4, seed=0):
-    "@eq-told-apart for dreams of `game` (an index) that start `early` steps before `at`, and how many hits and losses count; None where there is no pair."
+def losses_told(world, tokens, at, missed, game, context=8, early=0, reach=12, draws=4, seed=0, foresight=False):
+    """`(s float [M], missed bool [M])` of dreams of `game` (an index) with the real actions that start `early` steps before `at`: the negative rewards and the endings
+    that they expect until `reach` steps after it, a mean over `draws`; of the meetings whose context and end lie in one episode."""
     starts = at - early - context + 1
     fits = (starts >= 0) & (at + reach < len(tokens)); fits[fits] &= (tokens.episode.numpy()[starts[fits]] == tokens.episode.numpy()[at[fits]])
-    starts, missed = starts[fits], missed[fits]
-    if missed.all() or not missed.any(): return None, int((~missed).sum()), int(missed.sum())
-    s = 0.
-    for k in range(draws):
-        out = open_loop(world, tokens, game, context, early + reach, starts, seed=seed + k)
-        s = s + (-out.reward).clamp(min=0).sum(1) + (1 - out.proceed).sum(1)
+    if not fits.any(): return torch.zeros(0), missed[fits]
+    dreams = [open_loop(world, tokens, game, context, early + reach, starts[fits], seed=seed + k, foresight=foresight) for k in range(draws)]
+    return sum((-d.reward).clamp(min=0).sum(1) + (1 - d.proceed).sum(1) for d in dreams) / draws, missed[fits]
+
+def told_apart(s, missed):
+    "@eq-told-apart of `losses_told`; None where there is no pair."
+    if missed.all() or not missed.any(): return None
     a, b = s[torch.from_numpy(missed)][:, None], s[torch.from_numpy(~missed)][None]
-    return float((a > b).float().mean() + (a == b).float().mean() / 2), int((~missed).sum()), int(missed.sum())
+    return float((a > b).float().mean() + (a == b).float().mean() / 2)
+
 
 # %% ../nbs/08_dream.ipynb #gif
 def dream_gif(path, real, dream, scale=2, fps=15):

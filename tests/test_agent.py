@@ -128,9 +128,9 @@ def test_an_agent_that_goes_on_plays_first_once_and_counts_on(parts, shipped, tm
     for g, e in new.items(): replay[g].append(e)
     data, recent = module.study(stage, agent, replay, replace(config, begin_world=0), 0)
     assert recent == {g: 180 for g in GAMES} and all(len(d) == 204 for d in data.values())
-    assert [module.study(stage, agent, replay, replace(config, begin_world=0), 0, True, n)[1] for n in (2, 3)] == [{g: 90 for g in GAMES}, None]
+    assert [module.study(stage, agent, replay, replace(config, begin_world=0), 0, n)[1] for n in (2, 3)] == [{g: 90 for g in GAMES}, None]
     config, original, newest = replace(config, last=2), module.study, []
-    def study(*args): newest.append(args[6]); return original(*args)
+    def study(*args): newest.append(args[5]); return original(*args)
     monkeypatch.setattr(module, 'study', study)
     history, _ = learn(stage, agent, ppo, replay, config, known=180)
     assert newest == [1, 2]                                                                         # the last round, which studies twice as long, takes the newest two parts for new
@@ -143,15 +143,17 @@ def test_the_newest_parts_are_enough_for_a_small_run(shipped):
     assert [count(n) for n in (0, 1, 90, 91, None)] == [[0, 0], [1, 1], [1, 1], [2, 2], [2, 2]]
 
 
-def test_dreaming_on_costs_no_real_step(parts, shipped, monkeypatch):
-    "start='replay': the shipped replay is regenerated once, nothing is played, and its steps are not counted again; the world model stays as it was."
+@pytest.mark.parametrize('whole', [False, True])
+def test_dreaming_on_costs_no_real_step(parts, shipped, monkeypatch, whole):
+    "start='replay': the shipped replay is regenerated once, nothing is played, and its steps are not counted again; the world model studies only what is the whole of its past."
     stage, (agent, ppo, _) = shipped('replay'), fresh(parts)
-    agent.real_steps, config, old, model = 1000, dreaming_on(LOOP), copy.deepcopy(agent.policy.state_dict()), copy.deepcopy(agent.world.state_dict())
+    agent.real_steps, config, old, model = 1000, dreaming_on(LOOP, whole), copy.deepcopy(agent.policy.state_dict()), copy.deepcopy(agent.world.state_dict())
+    assert config.begin_world == (4 * LOOP.world_steps if whole else 0) and config.begin_lr == LOOP.world_lr
     assert {g: [e.hash() for e in es] for g, es in remembered(stage).items()} == {g: 2 * [e.hash()] for g, e in parts[1].items()}
     monkeypatch.setattr(module, 'play', lambda *a, **k: pytest.fail('it played')); monkeypatch.setattr(module, 'shipped_part', lambda *a: pytest.fail('regenerated twice'))
     history, curves = learn(stage, agent, ppo, remembered(stage), config, known=180)
     assert agent.real_steps == 1000 and [(h['real_steps'], h['replayed']) for h in history] == [(1000, True)] and len(curves) == 4 * LOOP.iterations
-    assert any(not torch.equal(v, old[k]) for k, v in agent.policy.state_dict().items()) and all(torch.equal(v, model[k]) for k, v in agent.world.state_dict().items())
+    assert any(not torch.equal(v, old[k]) for k, v in agent.policy.state_dict().items()) and all(torch.equal(v, model[k]) for k, v in agent.world.state_dict().items()) != whole
 
 
 def test_in_the_last_round_the_learning_rate_falls_to_zero(whole):

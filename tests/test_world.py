@@ -194,6 +194,36 @@ def test_rows_that_ended_wait_for_a_reset(learnt):
     assert e.over.tolist() == [False, True, True] and e.age[0] == 1 and not (terminated | truncated).any()
 
 
+def test_foresight_pays_the_mean_of_all_that_was_said(learnt):
+    "Eq. foresight with numbers: states that expect `h[i] * (j + 1) / 10` after j steps; rows that begin anew forget. In a dream: its first step pays the mean of what the last real state and the first dreamt one say."
+    from atari_hrvq.dream import Foresight
+    world = SimpleNamespace(reward=SimpleNamespace(ahead=3))
+    class Linear(Foresight):
+        def signs(self, hidden): return hidden * torch.tensor([1., 2., 3.]) / 10
+    f, h = Linear(world, torch.tensor([[1.], [2.]])), torch.tensor([[4.], [4.]])
+    first, second = f(h), f(h)
+    assert torch.allclose(first, torch.tensor([(.2 + .4) / 2, (.4 + .4) / 2]))                # said one step ahead by the real state, and now
+    assert torch.allclose(second, torch.tensor([(.3 + .8 + .4) / 3, (.6 + .8 + .4) / 3]))
+    f.restart(torch.tensor([1]), torch.tensor([[0.]]))
+    assert torch.allclose(f(h), torch.tensor([(1.2 + .8 + .4) / 3, (0. + .4) / 2]))
+    e, plain = envs(learnt, 8, foresight=True), envs(learnt, 8)
+    e.reset(seed=0); plain.reset(seed=0)
+    said = lambda h, j: Foresight(learnt, h[:1]).signs(h)[:, j].numpy()
+    states, paid = [e.cache.hidden], []
+    for t in range(4):
+        live = ~e.over.numpy()
+        obs, reward, *_ = e.step(np.full(8, 3)); other, now, *_ = plain.step(np.full(8, 3)); states.append(e.cache.hidden)
+        n = min(learnt.config.ahead, t + 2)
+        assert np.array_equal(obs, other) and live.any()                                     # only the pay differs
+        assert np.allclose(reward, live * sum(said(states[-1 - j], j) for j in range(n)) / n, atol=1e-6) and np.allclose(now, live * said(states[-1], 0), atol=1e-6)
+        paid.append(np.abs(reward - now).max())
+    assert max(paid) > 1e-3
+    e.reset(options={'reset_mask': np.arange(8) == 0})
+    start = e.cache.hidden[:1].clone()
+    reward = e.step(np.full(8, 3))[1]
+    assert np.isclose(reward[0], (said(start, 1) + said(e.cache.hidden[:1], 0))[0] / 2, atol=1e-6)
+
+
 def test_a_long_dream_keeps_its_rules_in_memory_of_fixed_size(learnt):
     long = envs(learnt, 2, horizon=150, temperature=(0., 0.)); long.reset(seed=1)
     states = []
@@ -295,22 +325,25 @@ def test_events_are_those_from_the_first_dreamt_step_on_until_the_game_is_over()
 def test_meetings_and_what_dreams_say_of_them(monkeypatch):
     "A hit, a loss, an approach cut off by the end of its episode, one whose end is never seen; dreams that know, that know the opposite, that know nothing; the start lies `early` steps before."
     from atari_hrvq import dream
-    x = [150, 165, 175, 185, 175, 160] + [150, 165, 175, 185, 195, 200] + [150, 170, 180] + [150, 170, 180] + [0] * 15
-    ram, episode = np.zeros((len(x), 128), np.uint8), np.repeat([0, 1, 2], [12, 3, 18])
+    x = [150, 165, 175, 185, 175, 160] + [150, 165, 175, 185, 195, 200] + [150, 170, 180] + [150, 170, 180] + [0] * 10 + [190, 200] + [0] * 3
+    ram, episode = np.zeros((len(x), 128), np.uint8), np.repeat([0, 1, 2], [12, 3, 18])      # the last approach is first seen beyond the line
     ram[:, 54], ram[:, 49] = 100, x
-    episodes = SimpleNamespace(game='pong', ram=ram, rewards=-(np.arange(len(x)) == 11).astype(float), life_lost=episode > 5, episode=episode)
+    episodes = SimpleNamespace(game='pong', ram=ram, rewards=-np.isin(np.arange(len(x)), (11, 29)).astype(float), life_lost=episode > 5, episode=episode)
     at, missed = dream.meetings(episodes)
-    assert at.tolist() == [3, 11] and missed.tolist() == [False, True] and dream.meetings(episodes, 10)[0].tolist() == [3]
+    assert at.tolist() == [2, 8] and missed.tolist() == [False, True] and dream.meetings(episodes, 10)[0].tolist() == [2]
+    line = dream.MEETINGS['pong'][2]
+    assert all(x[t] <= line < x[t + 1] for t in at)                  # hit or missed, the dream starts before the paddle could have touched the ball
     episodes.game = 'ms_pacman'
     with pytest.raises(BookError, match='no ball comes'): dream.meetings(episodes)
     class Forty(SimpleNamespace):
         def __len__(self): return 40
     tokens, seen = Forty(episode=torch.zeros(40, dtype=torch.long)), []
     for sign, expected in ((1, 1.), (-1, 0.), (0, .5)):
-        def said(world, tokens, game, context, horizon, starts, seed=0):
+        def said(world, tokens, game, context, horizon, starts, seed=0, foresight=False):
             seen.append((starts.tolist(), horizon))
             return SimpleNamespace(reward=torch.tensor([[0., -.5 - sign * .2 * (s == 5)] for s in starts]), proceed=torch.ones(len(starts), 2))
         monkeypatch.setattr(dream, 'open_loop', said)
-        assert dream.told_apart(None, tokens, np.array([9, 11, 39]), np.array([False, True, True]), 0, context=4, early=3, draws=2) == (expected, 1, 1)       # the last one has no steps behind it
-        assert dream.told_apart(None, tokens, np.array([9]), np.array([False]), 0, context=4)[0] is None
+        told, lost = dream.losses_told(None, tokens, np.array([9, 11, 39]), np.array([False, True, True]), 0, context=4, early=3, draws=2)
+        assert np.allclose(told, [.5, .5 + sign * .2]) and lost.tolist() == [False, True] and dream.told_apart(told, lost) == expected       # the last one has no steps behind it
+        assert dream.told_apart(told[:1], lost[:1]) is None and len(dream.losses_told(None, tokens, np.array([39]), np.array([True]), 0)[1]) == 0
     assert set(map(str, seen)) == {'([3, 5], 15)'}

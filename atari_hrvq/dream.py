@@ -68,7 +68,7 @@ class Foresight:
         self.restart(slice(None), hidden)
 
     @torch.no_grad()
-    def signs(self, hidden): return self.head(hidden).float().softmax(-1) @ self.head.read[:, 0]      # [n, A]
+    def signs(self, hidden): return self.head.sign(self.head(hidden)[:, :, None])      # [n, A]
 
     def restart(self, rows, hidden):
         "The dreams `rows` begin anew from `hidden`."
@@ -277,7 +277,6 @@ def told_apart(s, missed):
     if missed.all() or not missed.any(): return None
     a, b = s[torch.from_numpy(missed)][:, None], s[torch.from_numpy(~missed)][None]
     return float((a > b).float().mean() + (a == b).float().mean() / 2)
-
 
 # %% ../nbs/08_dream.ipynb #gif
 def dream_gif(path, real, dream, scale=2, fps=15):

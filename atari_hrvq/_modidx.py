@@ -736,6 +736,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                   'atari_hrvq.world.choose': ('world.html#choose', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.f1': ('world.html#f1', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.fill_rings': ('world.html#fill_rings', 'atari_hrvq/world.py'),
+                                  'atari_hrvq.world.level_losses': ('world.html#level_losses', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.load_tokens': ('world.html#load_tokens', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.rope': ('world.html#rope', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.rope_angles': ('world.html#rope_angles', 'atari_hrvq/world.py'),

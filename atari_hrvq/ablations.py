@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from .core import require
 from .frames import ACTIONS
-from .world import Block, RewardHead, Step, WorldConfig, WorldOutput, advance, choose, fill_rings, rope_angles, uniform
+from .world import Block, RewardHead, Step, WorldConfig, WorldOutput, advance, choose, fill_rings, level_losses, rope_angles, uniform
 
 # %% auto #0
 __all__ = ['FlatCache', 'FlatWorld', 'arm_options']
@@ -73,7 +73,7 @@ class FlatWorld(nn.Module):
 
     def loss(self, codes, actions, rewards, done, game, following, known):
         out = self(codes, actions, game, following)
-        parts = {f'level_{l}': F.cross_entropy(x[known].flatten(0, 1), following[known][..., l].long().flatten()) for l, x in enumerate(out.logits)}
+        parts = level_losses(out.logits, codes, following, known, self.config.changed)
         parts['reward'], parts['rewards_ahead'] = self.reward.loss(out.reward, rewards, known & ~done)
         parts['proceed'] = F.binary_cross_entropy_with_logits(out.proceed, 1 - done.float())
         return sum(parts.values()), parts
@@ -107,5 +107,5 @@ def arm_options(c):
     width = sum(c.hidden * e + (c.shared_hidden if e > 1 else 0) for e in c.experts) // n
     uniform, one = {'experts': (most,) * n}, {'windows': (longest,) * n}
     return {'by layer': {}, 'uniform': uniform, 'uniform, one window': {**uniform, **one}, 'pruned': uniform, 'dense, equal active': {'experts': (1,) * n, 'hidden': active},
-            'dense, equal total': {'experts': (1,) * n, 'hidden': width}, 'one window': one, 'no contrast': {'contrast': 0}, 'no corruption': {'corrupt': 0.}, 'rewards one step': {'ahead': 1},
+            'dense, equal total': {'experts': (1,) * n, 'hidden': width}, 'one window': one, 'no contrast': {'contrast': 0}, 'no corruption': {'corrupt': 0.}, 'all cells alike': {'changed': 1.}, 'rewards one step': {'ahead': 1},
             'no local convolution': {'history': 0}, 'free logits only': {'distance': False}, 'flat': {}}

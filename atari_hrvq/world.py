@@ -21,7 +21,7 @@ from .moe import MixtureOfExperts, MoEConfig
 # %% auto #0
 __all__ = ['Tokens', 'tokenise', 'load_tokens', 'token_batches', 'rope_angles', 'rotate', 'rope', 'RMSNorm', 'WorldConfig',
            'Block', 'LevelHeads', 'choose', 'uniform', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step',
-           'WorldModel', 'fill_rings', 'advance', 'token_accuracy', 'f1']
+           'level_losses', 'WorldModel', 'fill_rings', 'advance', 'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -124,6 +124,7 @@ class WorldConfig:
     contrast: int = 10                  # steps of contrastive prediction; 0 switches it off
     contrast_weight: float = .2
     corrupt: float = .1                 # up to this share of a window's codes is replaced in training
+    changed: float = 4.                 # how many times as much a cell that changes weighs in the loss as one that stays
     tokenizer: str = ''                 # hash of the tokenizer whose codes it predicts
 
 # %% ../nbs/07_world.ipynb #block
@@ -325,6 +326,11 @@ class Step(NamedTuple):
     proceed: torch.Tensor      # [B]: probability that the game goes on
     points: torch.Tensor       # [B]: expected reward in the game's own points
 
+def level_losses(logits, codes, following, known, changed):
+    "`{'level_0': ...}`: @eq-changed of the logits [B, T, P, K] of each level, in nats a token; a cell that `changed` in any level between `codes` and `following` uint8 [B, T, P, L] weighs that many times as much."
+    weight = torch.where((following != codes).any(-1), float(changed), 1.)[known].flatten()
+    return {f'level_{l}': F.cross_entropy(x[known].flatten(0, 1).float(), following[known][..., l].long().flatten(), reduction='none') @ weight / weight.sum() for l, x in enumerate(logits)}
+
 class WorldModel(Pretrained):
     "Predicts the next tokens of a game, its reward, and whether it goes on."
     Config = WorldConfig
@@ -392,9 +398,9 @@ class WorldModel(Pretrained):
         return WorldOutput(h, [x.unflatten(0, (B, T)) for x in logits], self.reward(h), self.proceed(h)[..., 0], aux)
 
     def loss(self, codes, actions, rewards, done, game, following, known):
-        "Sum of cross-entropies (nats a token, a reward, an ending), the contrast and the experts' balance; see `token_batches` for the shapes."
+        "Sum of cross-entropies (nats a token, those of changing cells `changed` times, a reward, an ending), the contrast and the experts' balance; see `token_batches` for the shapes."
         c, out = self.config, self(self.corrupted(codes, game) if self.training and self.config.corrupt else codes, actions, game, following)
-        parts = {f'level_{l}': F.cross_entropy(x[known].flatten(0, 1).float(), following[known][..., l].long().flatten()) for l, x in enumerate(out.logits)}
+        parts = level_losses(out.logits, codes, following, known, c.changed)
         parts['reward'], parts['rewards_ahead'] = self.reward.loss(out.reward, rewards, known & ~done)
         parts['proceed'] = F.binary_cross_entropy_with_logits(out.proceed.float(), 1 - done.float())
         total = sum(parts.values()) + (balance := sum(a['balance_loss'] for a in out.aux))

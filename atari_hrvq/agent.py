@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from .core import (FitConfig, SHIPPED, Stage, derive, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json, repo_path,
                              require, rng_for, save_checkpoint, seed_all, write_json)
-from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart
+from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
 from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
 from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, rollout, score_of_play
@@ -236,14 +236,16 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     return history, curves
 
 def known_before(agent, episodes, window, seed=0):
-    "What tokenizer and world model make of `episodes` that neither has learned from yet: accuracy on changed level-0 tokens; the share of balls that the codes keep; whether dreams tell a hit from a loss at the paddle (@eq-told-apart)."
+    "What tokenizer and world model make of `episodes` that neither has learned from yet: accuracy on changed level-0 tokens; the share of balls that the codes keep; how well dreams tell a loss at the paddle from a hit (@eq-told-apart) and how much more they charge for it (@eq-told-more)."
     tokens, game = tokenise(agent.tokenizer, episodes), agent.games.index(episodes.game)
     out = {'changed': token_accuracy(agent.world, tokens, game, window, 64, seed)['changed_0']}
     if episodes.game in BALL_BOX:
         at = np.sort(rng_for(seed, 'balls').choice(len(episodes), min(1000, len(episodes)), replace=False))
         real = agent.tokenizer.background(torch.from_numpy(episodes.frames[at][:, None]).to(agent.device), torch.full((len(at),), game, device=agent.device))[0][:, 0]
         drawn = agent.tokenizer.decode_foreground(tokens.codes[at].to(agent.device), game=torch.full((len(at),), game, device=agent.device))
-        out['told_apart'] = told_apart(*losses_told(agent.world, tokens, *meetings(episodes), game, agent.context, early=3, seed=seed, foresight=True))
+        told = losses_told(agent.world, tokens, *meetings(episodes), game, agent.context, early=3, seed=seed)
+        out['told_apart'], of = told_apart(*told), told_of(*told)
+        out['told_more'] = of and of[0] - of[1]
         out['ball_recall'] = ball_recall(real, drawn, BALL_BOX[episodes.game])[0]
     return out
 

@@ -21,7 +21,7 @@ from .world import WorldModel, f1, load_tokens, token_batches
 # %% auto #0
 __all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv', 'make_dream',
            'OpenLoop', 'open_loop', 'position_probes', 'extrapolate', 'untouched_within', 'events_ahead', 'meetings',
-           'losses_told', 'told_apart', 'dream_gif', 'reliability']
+           'losses_told', 'told_apart', 'told_of', 'dream_gif', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -277,6 +277,11 @@ def told_apart(s, missed):
     if missed.all() or not missed.any(): return None
     a, b = s[torch.from_numpy(missed)][:, None], s[torch.from_numpy(~missed)][None]
     return float((a > b).float().mean() + (a == b).float().mean() / 2)
+
+def told_of(s, missed):
+    "`(of losses, of hits)`: the means of `losses_told`, whose difference is @eq-told-more; None where there are not both."
+    if missed.all() or not missed.any(): return None
+    return tuple(float(s[torch.from_numpy(m)].mean()) for m in (missed, ~missed))
 
 # %% ../nbs/08_dream.ipynb #gif
 def dream_gif(path, real, dream, scale=2, fps=15):

@@ -345,5 +345,6 @@ def test_meetings_and_what_dreams_say_of_them(monkeypatch):
         monkeypatch.setattr(dream, 'open_loop', said)
         told, lost = dream.losses_told(None, tokens, np.array([9, 11, 39]), np.array([False, True, True]), 0, context=4, early=3, draws=2)
         assert np.allclose(told, [.5, .5 + sign * .2]) and lost.tolist() == [False, True] and dream.told_apart(told, lost) == expected       # the last one has no steps behind it
+        assert dream.told_of(told, lost) == pytest.approx((.5 + sign * .2, .5)) and dream.told_of(told[:1], lost[:1]) is None
         assert dream.told_apart(told[:1], lost[:1]) is None and len(dream.losses_told(None, tokens, np.array([39]), np.array([True]), 0)[1]) == 0
     assert set(map(str, seen)) == {'([3, 5], 15)'}

@@ -14,14 +14,15 @@ from gymnasium.vector import AutoresetMode
 from PIL import Image
 from .core import BookError, Stage, choices, progress, require, rng_for, write_atomic
 from .encoder import fit_probe
-from .frames import ACTIONS, LegalActions, action_mask, load_episodes, state_labels
+from .frames import ACTIONS, POSITIONS, SCREEN, LegalActions, action_mask, load_episodes, screen_positions, state_labels
 from .hrvq import BALL_BOX, Tokenizer, ball_position
 from .world import WorldModel, f1, load_tokens, token_batches
 
 # %% auto #0
 __all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv', 'make_dream',
-           'OpenLoop', 'open_loop', 'position_probes', 'extrapolate', 'untouched_within', 'events_ahead', 'meetings',
-           'losses_told', 'told_apart', 'told_of', 'dream_gif', 'reliability']
+           'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate', 'untouched_within',
+           'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of', 'balls_back', 'dream_gif',
+           'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -214,6 +215,19 @@ def position_probes(tokenizer, tokens, episodes, kind='mlp', seed=0, only=None):
     probe = fit_probe(look(tokens.codes), labels[:, keep], present[:, keep], kind, seed, 400)
     return {names[v]: lambda codes, i=i: probe(look(codes))[:, i] for i, v in enumerate(keep)}
 
+def ball_readers(tokenizer, game):
+    "`{'ball_x': function of codes [n, P, L], 'ball_y': ...}`: float [n] in the units of `state_labels`, where the decoded picture shows the ball, NaN where it shows none; empty for a game without a ball."
+    if game not in BALL_BOX: return {}
+    dx, dy = SCREEN[game]['ball']
+    def read(codes, axis):
+        seen, row, column = ball_position(tokenizer.decode_foreground(codes, game=torch.full((len(codes),), tokenizer.game_index(game))), BALL_BOX[game])
+        return torch.where(seen, column * 160 / 84 - dx if axis == 'x' else row * 210 / 84 - dy, torch.nan).cpu().numpy()
+    return {f'ball_{axis}': lambda codes, axis=axis: read(codes, axis) for axis in 'xy'}
+
+def misplaced(read, labels, lost=160.):
+    "|`read` - `labels`| float [n]; `lost` where nothing was seen."
+    return np.nan_to_num(np.abs(read - labels), nan=lost)
+
 # %% ../nbs/08_dream.ipynb #linear
 def extrapolate(before, now, steps, low, high):
     "float [H, S]: positions `now` [S] moved on by `now - before` for 1 to `steps` steps, reflected at `low` and `high`."
@@ -263,13 +277,18 @@ def meetings(episodes, first=None, patience=12):
             if k > t and seen[k] and v[k] < v[t]: at.append(before[t]); missed.append(False); break
     return np.array(at, np.int64), np.array(missed, bool)
 
+def begins(tokens, at, early, context, reach):
+    "`(starts int64 [m], fits bool [M])`: contexts of `context` steps whose last is `early` steps before `at`, of the meetings for which these and `reach` steps after `at` lie in one episode's tokens."
+    starts, episode = at - early - context + 1, tokens.episode.numpy()
+    fits = (starts >= 0) & (at + reach < len(tokens)); fits[fits] &= episode[starts[fits]] == episode[at[fits]]
+    return starts[fits], fits
+
 def losses_told(world, tokens, at, missed, game, context=8, early=0, reach=12, draws=4, seed=0, foresight=False):
     """`(s float [M], missed bool [M])` of dreams of `game` (an index) with the real actions that start `early` steps before `at`: the negative rewards and the endings
     that they expect until `reach` steps after it, a mean over `draws`; of the meetings whose context and end lie in one episode."""
-    starts = at - early - context + 1
-    fits = (starts >= 0) & (at + reach < len(tokens)); fits[fits] &= (tokens.episode.numpy()[starts[fits]] == tokens.episode.numpy()[at[fits]])
+    starts, fits = begins(tokens, at, early, context, reach)
     if not fits.any(): return torch.zeros(0), missed[fits]
-    dreams = [open_loop(world, tokens, game, context, early + reach, starts[fits], seed=seed + k, foresight=foresight) for k in range(draws)]
+    dreams = [open_loop(world, tokens, game, context, early + reach, starts, seed=seed + k, foresight=foresight) for k in range(draws)]
     return sum((-d.reward).clamp(min=0).sum(1) + (1 - d.proceed).sum(1) for d in dreams) / draws, missed[fits]
 
 def told_apart(s, missed):
@@ -282,6 +301,14 @@ def told_of(s, missed):
     "`(of losses, of hits)`: the means of `losses_told`, whose difference is @eq-told-more; None where there are not both."
     if missed.all() or not missed.any(): return None
     return tuple(float(s[torch.from_numpy(m)].mean()) for m in (missed, ~missed))
+
+def balls_back(world, tokenizer, tokens, at, missed, game, context=8, early=0, after=range(4, 9), seed=0):
+    """`(dream, real, missed)`, bool [m] each: whether the picture shows the ball on the near side of the paddle's line in one of the steps `after` a meeting, in a dream of `game` (an index)
+    with the real actions that starts `early` steps before it, and as the real tokens draw it."""
+    (axis, _, line), (starts, fits) = MEETINGS[name := world.config.games[game]], begins(tokens, at, early, context, max(after))
+    read, dreamt = ball_readers(tokenizer, name)[axis], open_loop(world, tokens, game, context, early + max(after), starts, seed=seed).codes
+    seen = lambda frames: np.any([read(codes) < line for codes in frames], 0)                # what is not seen is NaN
+    return seen(dreamt[:, early + k - 1] for k in after), seen(tokens.codes[at[fits] + k] for k in after), missed[fits]
 
 # %% ../nbs/08_dream.ipynb #gif
 def dream_gif(path, real, dream, scale=2, fps=15):

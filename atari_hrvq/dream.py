@@ -215,13 +215,14 @@ def position_probes(tokenizer, tokens, episodes, kind='mlp', seed=0, only=None):
     probe = fit_probe(look(tokens.codes), labels[:, keep], present[:, keep], kind, seed, 400)
     return {names[v]: lambda codes, i=i: probe(look(codes))[:, i] for i, v in enumerate(keep)}
 
-def ball_readers(tokenizer, game):
-    "`{'ball_x': function of codes [n, P, L], 'ball_y': ...}`: float [n] in the units of `state_labels`, where the decoded picture shows the ball, NaN where it shows none; empty for a game without a ball."
+def ball_readers(tokenizer, game, probes={}):
+    "`{'ball_x': function of codes [n, P, L], 'ball_y': ...}`: float [n] in the units of `state_labels`, where the decoded picture shows the ball; where it shows none in the field between the paddles, what `probes` (of `position_probes`) say, or NaN; empty for a game without a ball."
     if game not in BALL_BOX: return {}
     dx, dy = SCREEN[game]['ball']
     def read(codes, axis):
         seen, row, column = ball_position(tokenizer.decode_foreground(codes, game=torch.full((len(codes),), tokenizer.game_index(game))), BALL_BOX[game])
-        return torch.where(seen, column * 160 / 84 - dx if axis == 'x' else row * 210 / 84 - dy, torch.nan).cpu().numpy()
+        drawn, seen = (column * 160 / 84 - dx if axis == 'x' else row * 210 / 84 - dy).cpu().numpy(), seen.cpu().numpy()
+        return np.where(seen, drawn, probes[f'ball_{axis}'](codes) if f'ball_{axis}' in probes and not seen.all() else np.nan)
     return {f'ball_{axis}': lambda codes, axis=axis: read(codes, axis) for axis in 'xy'}
 
 def misplaced(read, labels, lost=160.):

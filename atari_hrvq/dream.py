@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 from PIL import Image
 from .core import BookError, Stage, choices, progress, require, rng_for, write_atomic
 from .encoder import fit_probe
-from .frames import ACTIONS, POSITIONS, SCREEN, LegalActions, action_mask, load_episodes, screen_positions, state_labels
+from .frames import ACTIONS, SCREEN, LegalActions, action_mask, load_episodes, state_labels
 from .hrvq import BALL_BOX, Tokenizer, ball_position
 from .world import WorldModel, f1, load_tokens, token_batches
 
@@ -307,6 +307,7 @@ def balls_back(world, tokenizer, tokens, at, missed, game, context=8, early=0, a
     """`(dream, real, missed)`, bool [m] each: whether the picture shows the ball on the near side of the paddle's line in one of the steps `after` a meeting, in a dream of `game` (an index)
     with the real actions that starts `early` steps before it, and as the real tokens draw it."""
     (axis, _, line), (starts, fits) = MEETINGS[name := world.config.games[game]], begins(tokens, at, early, context, max(after))
+    if not fits.any(): return (missed[fits],) * 3
     read, dreamt = ball_readers(tokenizer, name)[axis], open_loop(world, tokens, game, context, early + max(after), starts, seed=seed).codes
     seen = lambda frames: np.any([read(codes) < line for codes in frames], 0)                # what is not seen is NaN
     return seen(dreamt[:, early + k - 1] for k in after), seen(tokens.codes[at[fits] + k] for k in after), missed[fits]

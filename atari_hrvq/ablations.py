@@ -106,6 +106,7 @@ def arm_options(c):
     active = sum(c.hidden * min(c.top_k, e) + (c.shared_hidden if e > 1 else 0) for e in c.experts) // n
     width = sum(c.hidden * e + (c.shared_hidden if e > 1 else 0) for e in c.experts) // n
     uniform, one = {'experts': (most,) * n}, {'windows': (longest,) * n}
-    return {'by layer': {}, 'uniform': uniform, 'uniform, one window': {**uniform, **one}, 'pruned': uniform, 'dense, equal active': {'experts': (1,) * n, 'hidden': active},
+    arms = {'by layer': {}, 'uniform': uniform, 'uniform, one window': {**uniform, **one}, 'pruned': uniform, 'dense, equal active': {'experts': (1,) * n, 'hidden': active},
             'dense, equal total': {'experts': (1,) * n, 'hidden': width}, 'one window': one, 'no contrast': {'contrast': 0}, 'no corruption': {'corrupt': 0.}, 'all cells alike': {'changed': 1.}, 'rewards one step': {'ahead': 1},
             'no local convolution': {'history': 0}, 'free logits only': {'distance': False}, 'flat': {}}
+    return {name: {'corrupt': .1, **options} for name, options in arms.items()}

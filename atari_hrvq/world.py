@@ -123,7 +123,7 @@ class WorldConfig:
     ahead: int = 8                      # steps whose rewards are predicted from one state
     contrast: int = 10                  # steps of contrastive prediction; 0 switches it off
     contrast_weight: float = .2
-    corrupt: float = .1                 # up to this share of a window's codes is replaced in training
+    corrupt: float = 0.                 # up to this share of a window's codes is replaced in training; A2 asks what that costs
     changed: float = 4.                 # how many times as much a cell that changes weighs in the loss as one that stays
     tokenizer: str = ''                 # hash of the tokenizer whose codes it predicts
 

@@ -71,7 +71,7 @@ def test_the_contrast_needs_the_actions(learnt):
 
 def test_corruption_stays_in_training_and_below_its_share():
     torch.manual_seed(0)
-    model = make(); batch = token_batches({'breakout': toy()}, 64, 8)(np.random.default_rng(0))
+    model = make(); model.config.corrupt = .1; batch = token_batches({'breakout': toy()}, 64, 8)(np.random.default_rng(0))
     changed = (model.corrupted(batch[0], batch[4]) != batch[0]).float().mean()
     assert 0 < changed < model.config.corrupt
     model.eval(); torch.manual_seed(1); a = model.loss(*batch)[1]['level_0']; torch.manual_seed(2); b = model.loss(*batch)[1]['level_0']

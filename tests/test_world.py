@@ -8,7 +8,7 @@ from atari_hrvq.dream import Contexts, DreamEnv, DreamVectorEnv, events_ahead
 from atari_hrvq.frames import Episodes
 from atari_hrvq.world import Tokens, WorldConfig, WorldModel, f1, token_batches, tokenise
 
-SMALL = dict(grid=1, levels=2, codes=8, cell_dim=4, dim=32, heads=2, experts=(1, 2), windows=(3, 6), hidden=32, shared_hidden=8, cell_hidden=16)
+SMALL = dict(grid=1, levels=2, codes=8, cell_dim=4, dim=32, heads=2, experts=(1, 2), windows=(3, 6), hidden=32, shared_hidden=8, cell_hidden=16, corrupt=.1)
 
 
 def toy(n=1200, seed=0):
@@ -71,7 +71,7 @@ def test_the_contrast_needs_the_actions(learnt):
 
 def test_corruption_stays_in_training_and_below_its_share():
     torch.manual_seed(0)
-    model = make(); model.config.corrupt = .1; batch = token_batches({'breakout': toy()}, 64, 8)(np.random.default_rng(0))
+    model = make(); batch = token_batches({'breakout': toy()}, 64, 8)(np.random.default_rng(0))
     changed = (model.corrupted(batch[0], batch[4]) != batch[0]).float().mean()
     assert 0 < changed < model.config.corrupt
     model.eval(); torch.manual_seed(1); a = model.loss(*batch)[1]['level_0']; torch.manual_seed(2); b = model.loss(*batch)[1]['level_0']

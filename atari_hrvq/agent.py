@@ -4,13 +4,14 @@
 
 # %% ../nbs/10_agent.ipynb #imports
 from __future__ import annotations
-import time
+import os, time
+import multiprocessing as mp
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .core import (FitConfig, SHIPPED, Stage, derive, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json, repo_path,
-                             require, rng_for, save_checkpoint, seed_all, write_json)
+from .core import (FitConfig, Graphed, SHIPPED, Stage, derive, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json, repo_path,
+                             require, rng_for, save_checkpoint, seed_all, set_rate, write_json)
 from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
 from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
@@ -18,7 +19,7 @@ from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, rollout, score_
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
-__all__ = ['Agent', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn',
+__all__ = ['Agent', 'Games', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn',
            'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play', 'packed_replay', 'shipped_part',
            'shipped_replay', 'remembered']
 
@@ -84,23 +85,49 @@ class Agent:
         return self.previous.cpu().numpy()
 
 # %% ../nbs/10_agent.ipynb #play
-def play(agent, games, each, steps, seed, protocol='atari100k', desc='playing'):
-    """Play `each` copies of every game for `steps` agent steps each, sampling from the policy. Returns {game: Episodes},
-    one after the other; every episode has its own seed, so the result follows from seeds and actions."""
-    names = [g for g in games for _ in range(each)]
+def _serve(pipe, names, protocol):
+    "Own the games `names` in a process of their own and do what `pipe` asks, until it asks None."
     envs = [make_env(g, protocol, stack=0, ram=True) for g in names]
+    while (asked := pipe.recv()) is not None: pipe.send([envs[i].reset(seed=x) if anew else envs[i].step(x) for i, anew, x in asked])
+
+class Games:
+    "The games `names` side by side, over `workers` processes: `ask([(row, anew, seed or action)])` returns what `reset` or `step` returned, in that order."
+    def __init__(self, names, protocol, workers=1):
+        self.share, fork = max(1, min(workers, len(names))), mp.get_context('fork' if 'fork' in mp.get_all_start_methods() else 'spawn')
+        self.envs = [make_env(g, protocol, stack=0, ram=True) for g in names] if self.share == 1 else None
+        self.pipes, self.workers = [], []
+        for w in range(self.share if self.share > 1 else 0):
+            mine, theirs = fork.Pipe()
+            self.pipes.append(mine); self.workers.append(fork.Process(target=_serve, args=(theirs, names[w::self.share], protocol), daemon=True))
+            self.workers[-1].start()
+
+    def ask(self, rows):
+        if self.envs: return [self.envs[i].reset(seed=x) if anew else self.envs[i].step(x) for i, anew, x in rows]
+        by = [[(i // self.share, anew, x) for i, anew, x in rows if i % self.share == w] for w in range(self.share)]
+        for pipe, asked in zip(self.pipes, by, strict=True): pipe.send(asked)
+        said = [iter(pipe.recv()) for pipe in self.pipes]
+        return [next(said[i % self.share]) for i, _, _ in rows]
+
+    def close(self):
+        for env in self.envs or (): env.close()
+        for pipe, worker in zip(self.pipes, self.workers, strict=True): pipe.send(None); worker.join()
+
+def play(agent, games, each, steps, seed, protocol='atari100k', desc='playing', workers=None):
+    """Play `each` copies of every game for `steps` agent steps each, sampling from the policy. Returns {game: Episodes},
+    one after the other; every episode has its own seed, so the result follows from seeds and actions, however many processes (`workers`; None: one a core beside a GPU, else this one) the games are in."""
+    names = [g for g in games for _ in range(each)]
+    envs = Games(names, protocol, workers or (len(os.sched_getaffinity(0)) if agent.device.type == 'cuda' and hasattr(os, 'sched_getaffinity') else 1))
     rows, seeds, now, restart = [[] for _ in names], [[] for _ in names], [None] * len(names), np.ones(len(names), bool)
     agent.start(names, len(names), derive(seed, 'play'))
     for _ in progress(range(steps), desc):
-        for i in np.flatnonzero(restart):
-            seeds[i].append(derive(seed, names[i], i, len(seeds[i])) % 2**31)
-            now[i] = envs[i].reset(seed=seeds[i][-1])
+        again = np.flatnonzero(restart)
+        for i in again: seeds[i].append(derive(seed, names[i], i, len(seeds[i])) % 2**31)
+        for i, first in zip(again, envs.ask([(i, True, seeds[i][-1]) for i in again]), strict=True): now[i] = first
         actions = agent.act(np.stack([f for f, _ in now])[:, None], restart)
-        for i, (env, a) in enumerate(zip(envs, actions, strict=True)):
-            after, reward, terminated, truncated, info = env.step(int(a))
-            rows[i].append((now[i][0], int(a), reward, terminated, truncated, info['life_lost'], len(seeds[i]) - 1, now[i][1]['ram']))
+        for i, (after, reward, terminated, truncated, info) in enumerate(envs.ask([(i, False, int(a)) for i, a in enumerate(actions)])):
+            rows[i].append((now[i][0], int(actions[i]), reward, terminated, truncated, info['life_lost'], len(seeds[i]) - 1, now[i][1]['ram']))
             now[i], restart[i] = (after, info), terminated or truncated
-    for env in envs: env.close()
+    envs.close()
     kinds, out = (np.uint8, np.int64, np.float32, bool, bool, bool, np.int64, np.uint8), {}
     for g in games:
         mine, offset, columns, all_seeds = [i for i, n in enumerate(names) if n == g], 0, [[] for _ in kinds], []
@@ -126,16 +153,28 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoi
     mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix), 0, []
     saved = load_checkpoint(checkpoint, mark)
     if saved: ppo.load_state(saved['ppo']); first, history = saved['step'], saved['history']
+    def whole(codes, actions, game, order):                                              # an iteration as one graph
+        lived = rollout(envs, agent.policy, horizon, envs.begin(codes, actions, game), None)
+        return lived, ppo.learn_from(lived, order, games=len(agent.games))
+    graphed = Graphed(whole) if agent.device.type == 'cuda' and ppo.graphs else None
+    set_rate(ppo.opt, ppo.config.lr)
     clock = time.time()
     for k in progress(range(first, iterations), desc, iterations - first):
         seed_all(seed, desc, k)
-        if falling: ppo.opt.param_groups[0]['lr'] = ppo.config.lr * (1 - k / iterations)
-        generator = torch.Generator().manual_seed(derive(seed, desc, k))
-        lived = rollout(envs, agent.policy, horizon, envs.reset(seed=derive(seed, desc, k) % 2**31), generator)
-        metrics = ppo.update(lived, generator)
+        if falling: set_rate(ppo.opt, ppo.config.lr * (1 - k / iterations))
+        if graphed:
+            if k == first: envs.reset(seed=derive(seed, desc, k) % 2**31)
+            order = torch.rand(ppo.config.epochs, dreams * horizon, device=agent.device).argsort(1)
+            lived, said = graphed(*(x.to(agent.device) for x in contexts(dreams, rng_for(seed, desc, k))), order)
+            metrics = ppo.told(said)
+        else:
+            generator = torch.Generator().manual_seed(derive(seed, desc, k))
+            lived = rollout(envs, agent.policy, horizon, envs.reset(seed=derive(seed, desc, k) % 2**31), generator)
+            metrics = ppo.update(lived, generator)
         valid = lived.valid.float()
-        mean = lambda m: float((lived.rewards * m).sum() / m.sum().clamp(min=1))
-        history.append({'step': k, 'dream_reward': mean(valid), **{f'dream_reward_{g}': mean(valid * (lived.game == i)) for i, g in enumerate(agent.games)}, **{n: float(v) for n, v in metrics.items()}})
+        mean = lambda m: (lived.rewards * m).sum() / m.sum().clamp(min=1)
+        paid = torch.stack([mean(valid), *(mean(valid * (lived.game == i)) for i in range(len(agent.games)))]).tolist()
+        history.append({'step': k, **dict(zip(('dream_reward', *(f'dream_reward_{g}' for g in agent.games)), paid, strict=True)), **metrics})
         monitor(desc, history, 'dream_reward', last=k == iterations - 1)
         if checkpoint and time.time() - clock > every_s:
             clock = time.time()
@@ -164,6 +203,9 @@ class LoopConfig:
     tokenizer_lr: float = 5e-4  # after the beginning, where it is four times that
     mix: float = .01          # share of a uniform choice among the legal actions in the policy
     foresight: bool = True    # the dreams pay for a step the mean of what all states said of it
+    grid: int = 3             # cells a side of fresh models' frames
+    contrast: int = 10        # steps of contrastive prediction of a fresh world model; 0 for none
+    hidden: int = 256         # width of a fresh policy
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
 
 # %% ../nbs/10_agent.ipynb #replay
@@ -193,12 +235,12 @@ def head(episodes, n):
 def fresh_agent(stage, replay, c, context=8):
     "An `Agent` whose tokenizer learned from `replay` for `c.begin_tokenizer` steps; its world model and policy know nothing yet."
     torch.manual_seed(stage.seed)
-    tokenizer = Tokenizer(TokenizerConfig(games=stage.games)).to(stage.device)
+    tokenizer = Tokenizer(TokenizerConfig(games=stage.games, grid=c.grid)).to(stage.device)
     tokenizer.background.measure({g: parts[0] for g, parts in replay.items()})
     batches = replay_frames(replay, list(stage.games), c.frames)
     fit(tokenizer, batches, FitConfig(c.begin_tokenizer, lr=4 * c.tokenizer_lr), seed=stage.seed, checkpoint=stage.checkpoint('begin-tokenizer'), desc='tokenizer',
         callback=start_codebooks(tokenizer, batches, c.begin_tokenizer // 8, stage.seed))
-    return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer).to(stage.device), context=context)
+    return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer, contrast=c.contrast).to(stage.device), c.hidden, context)
 
 # %% ../nbs/10_agent.ipynb #loop
 def learn(stage, agent, ppo, replay, c, name='agent', known=0):
@@ -262,7 +304,7 @@ def study(stage, agent, replay, c, r, newest=1):
     data = {g: join_tokens([tokenise(agent.tokenizer, e) for e in parts]) for g, parts in replay.items()}
     recent = {g: len(data[g]) - sum(map(len, parts[-newest:])) for g, parts in replay.items()} if len(next(iter(replay.values()))) > newest else None
     if steps := c.world_steps if r else c.begin_world:
-        fit(agent.world, token_batches(data, c.batch, c.window, recent), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
+        fit(agent.world, token_batches({g: d.to(stage.device) for g, d in data.items()}, c.batch, c.window, recent), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
     return data, recent
 
 # %% ../nbs/10_agent.ipynb #going-on

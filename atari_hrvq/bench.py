@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .agent import Agent
-from .core import FitConfig, GAMES, best_device, count_parameters, load_tree, make_adamw, precision, repo_path, require
+from .core import FitConfig, GAMES, best_device, count_parameters, load_tree, make_adamw, repo_path, require
 from .dream import observation_size, observe
 from .encoder import EncoderConfig, EncoderTraining, frame_batches
 from .frames import ACTIONS, RandomPolicy, collect, make_env
@@ -138,7 +138,7 @@ def bench_dream():
         if B == 16: continue
         if device.type == 'cuda':
             def half():
-                with precision(device): world.step(cache, none)
+                world.step(cache, none)
             t = median_seconds(half, *rounds); rows.append(bench_row(f'dream step batch {B}, bf16', 1000 * t, 'ms', t / least))
         if device.type == 'cuda' or shutil.which('g++'):
             world.faster(); world.step(cache, none)

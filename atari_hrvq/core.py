@@ -16,8 +16,8 @@ from tqdm.std import tqdm
 
 # %% auto #0
 __all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'BookError', 'require', 'choices', 'pick',
-           'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'precision', 'count_parameters', 'symlog',
-           'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic', 'write_json', 'save_tree',
+           'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'Graphed', 'set_rate', 'count_parameters',
+           'symlog', 'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic', 'write_json', 'save_tree',
            'load_arrays', 'load_tree', 'file_hash', 'put_in_place', 'Pretrained', 'load_weights', 'progress', 'Monitor',
            'FitConfig', 'learning_rate', 'make_adamw', 'settings', 'fit', 'fingerprint', 'save_checkpoint',
            'load_checkpoint', 'plot_history', 'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics',
@@ -72,14 +72,40 @@ def seed_all(seed, *path):
 
 # %% ../nbs/00_core.ipynb #device
 def best_device():
-    "`cuda` where there is one, else `cpu`; on the CPU torch is told to use deterministic algorithms."
-    if torch.cuda.is_available(): return torch.device('cuda')
+    "`cuda` where there is one, with TF32, else `cpu`; on the CPU torch is told to use deterministic algorithms."
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        return torch.device('cuda')
     torch.use_deterministic_algorithms(True)
     return torch.device('cpu')
 
-def precision(device):
-    "bf16 autocast on CUDA, nothing on the CPU."
-    return torch.autocast('cuda', torch.bfloat16) if torch.device(device).type == 'cuda' else nullcontext()
+class Graphed:
+    """`f(*tensors)`, on a GPU as a CUDA graph: called `warmup` times, then recorded, from then on replayed on copies of what it is given.
+
+    What `f` returns is overwritten by the next call. `f` may train: every call counts as one. Shapes must not change, and `f` must not wait for the device."""
+    def __init__(self, f, warmup=3): self.f, self.left, self.graph = f, warmup, None
+
+    def __call__(self, *tensors):
+        if not tensors[0].is_cuda: return self.f(*tensors)
+        if self.graph is None and self.left:
+            self.left, side, here = self.left - 1, torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(here)
+            with torch.cuda.stream(side): out = self.f(*tensors)
+            here.wait_stream(side)
+            return out
+        if self.graph is None:
+            self.given, self.graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph): self.out = self.f(*self.given)
+        for mine, x in zip(self.given, tensors, strict=True): mine.copy_(x)
+        self.graph.replay()
+        return self.out
+
+def set_rate(opt, lr):
+    "Set the learning rate of an optimiser; on a GPU it is a tensor, which a recorded step reads anew."
+    for g in opt.param_groups:
+        if not g['params'][0].is_cuda: g['lr'] = lr
+        elif isinstance(g['lr'], torch.Tensor) and g['lr'].is_cuda: g['lr'].fill_(lr)
+        else: g['lr'] = torch.tensor(lr, device=g['params'][0].device)
 
 def count_parameters(module): return sum(p.numel() for p in module.parameters())
 
@@ -312,7 +338,7 @@ def make_adamw(module, c):
     "AdamW with decay on matrices only; `fused` where the device has it."
     ps = [p for p in module.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in ps if p.dim() > 1], weight_decay=c.weight_decay), dict(params=[p for p in ps if p.dim() <= 1], weight_decay=0.)]
-    return torch.optim.AdamW([g for g in groups if g['params']], c.lr, betas=tuple(c.betas), fused=True)
+    return torch.optim.AdamW([g for g in groups if g['params']], c.lr, betas=tuple(c.betas), fused=True, capturable=bool(ps) and ps[0].is_cuda)
 
 # %% ../nbs/00_core.ipynb #fit-loop
 def settings(module):
@@ -326,7 +352,7 @@ def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', call
     `batch(rng)` returns the arguments of `module.loss`, which returns `(scalar loss, dict of scalars)`.
     `callback(step, module)` runs before each step (k-means starts, schedules). With `checkpoint` (a path) the loss is drawn live and the loop
     resumes from there bitwise if the file was made by the same code, configuration and settings of the module, and starts afresh otherwise. What `batch` draws
-    is not asked: give other data another checkpoint.
+    is not asked: give other data another checkpoint. A module that sets `graphs` promises that its `loss` suits `Graphed`; on a GPU its loss is then looked at only before a checkpoint and at the end.
     Raises `BookError` at a loss that is not finite; the last checkpoint stays."""
     device = next(module.parameters()).device
     opt, history, first = make_adamw(module, config), [], 0
@@ -337,23 +363,30 @@ def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', call
         history, first = saved['history'], saved['step']
     module.train()
     every, clock = max(1, config.steps // config.log_points), time.time()
-    for k in progress(range(first, config.steps), desc, config.steps - first):
-        seed_all(seed, desc, k)
-        if callback: callback(k, module)
-        for g in opt.param_groups: g['lr'] = learning_rate(k, config)
-        args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in batch(rng_for(seed, desc, k))]
-        with precision(device): loss, metrics = module.loss(*args)
+    def sound(loss, k): require(bool(torch.isfinite(loss)), f'{desc}: the loss became {loss.item()} at step {k}; the last good checkpoint is kept; lower the learning rate and run again (a changed configuration starts afresh)')
+    def step(*args, k=None):
+        loss, metrics = module.loss(*args)
         assert loss.shape == (), f'{desc}: the loss must be a scalar, got shape {tuple(loss.shape)}'
-        require(bool(torch.isfinite(loss)), f'{desc}: the loss became {loss.item()} at step {k}; the last good checkpoint is kept; lower the learning rate and run again (a changed configuration starts afresh)')
+        if k is not None: sound(loss, k)
         opt.zero_grad(set_to_none=True); loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip)
         opt.step()
+        return loss.detach(), {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in metrics.items()}
+    graphed = Graphed(step) if device.type == 'cuda' and getattr(module, 'graphs', False) else None
+    for k in progress(range(first, config.steps), desc, config.steps - first):
+        seed_all(seed, desc, k)
+        if callback: callback(k, module)
+        set_rate(opt, learning_rate(k, config))
+        args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in batch(rng_for(seed, desc, k))]
+        loss, metrics = graphed(*args) if graphed else step(*args, k=k)
         if k % every == 0 or k == config.steps - 1:
             history.append({'step': k, 'loss': loss.item(), **{n: v.item() if isinstance(v, torch.Tensor) else v for n, v in metrics.items()}})
             if checkpoint: monitor(Path(checkpoint).stem.split('-', 1)[-1], history)
         if checkpoint and time.time() - clock > config.checkpoint_s:
+            sound(loss, k)
             clock = time.time()
             save_checkpoint(checkpoint, mark, {'module': module.state_dict(), 'opt': opt.state_dict(), 'history': history, 'step': k + 1})
+    if config.steps > first: sound(loss, config.steps - 1)
     if checkpoint:
         save_checkpoint(checkpoint, mark, {'module': module.state_dict(), 'opt': opt.state_dict(), 'history': history, 'step': config.steps})
         monitor(Path(checkpoint).stem.split('-', 1)[-1], history, last=True)

@@ -16,7 +16,7 @@ from .core import BookError, Stage, choices, progress, require, rng_for, write_a
 from .encoder import fit_probe
 from .frames import ACTIONS, SCREEN, LegalActions, action_mask, load_episodes, state_labels
 from .hrvq import BALL_BOX, Tokenizer, ball_position
-from .world import WorldModel, f1, load_tokens, token_batches
+from .world import WorldModel, f1, load_tokens, token_batches, uniform
 
 # %% auto #0
 __all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv', 'make_dream',
@@ -107,7 +107,8 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         mask = None if options is None else options.get('reset_mask')
         if seed is not None or self.cache is None:
             self.rng = np.random.default_rng(seed)
-            self.generator = torch.Generator().manual_seed(int(self.rng.integers(2**62)))
+            draws = int(self.rng.integers(2**62))
+            self.generator = None if self.tensors and self.device.type == 'cuda' else torch.Generator().manual_seed(draws)       # there torch's own draws, so that nothing waits
         if mask is not None:
             mask = np.asarray(mask)
             require(mask.shape == (self.num_envs,) and mask.dtype == bool, f'reset_mask must be {self.num_envs} booleans, one a dream, got {mask.dtype} of shape {mask.shape}')
@@ -116,15 +117,18 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         rows = torch.arange(self.num_envs) if mask is None else torch.as_tensor(np.flatnonzero(mask))
         if len(rows):
             codes, actions, game = (x.to(self.device) for x in self.contexts(len(rows), self.rng))
-            if mask is None or len(rows) == self.num_envs:
-                self.cache = self.world.start(codes, actions, game)
-                self.foreseen = Foresight(self.world, self.cache.hidden) if self.foresight else None
-                self.age, self.over = torch.zeros(self.num_envs, dtype=torch.long, device=self.device), torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-            else:
-                rows = rows.to(self.device)
-                self.world.restart(self.cache, rows, codes, actions, game)
-                if self.foresight: self.foreseen.restart(rows, self.cache.hidden[rows])
-                self.age[rows], self.over[rows] = 0, False
+            if mask is None or len(rows) == self.num_envs: return self.begin(codes, actions, game)
+            rows = rows.to(self.device)
+            self.world.restart(self.cache, rows, codes, actions, game)
+            if self.foresight: self.foreseen.restart(rows, self.cache.hidden[rows])
+            self.age[rows], self.over[rows] = 0, False
+        return self._observation(), self._info()
+
+    def begin(self, codes, actions, game):
+        "All dreams anew from these contexts, see `Contexts`; what `reset` returns."
+        self.cache = self.world.start(codes, actions, game)
+        self.foreseen = Foresight(self.world, self.cache.hidden) if self.foresight else None
+        self.age, self.over = torch.zeros(self.num_envs, dtype=torch.long, device=self.device), torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         return self._observation(), self._info()
 
     def step(self, actions):
@@ -133,13 +137,13 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         require(actions.shape == (self.num_envs,) and not actions.is_floating_point(), f'expected {self.num_envs} actions as whole numbers, one a dream, got {actions.dtype} of shape {tuple(actions.shape)}')
         actions = torch.where(self.over, 0, actions.long())                        # a dream that ended waits, whatever it is told
         legal = self.masks[self.cache.game].gather(1, actions.clamp(0, ACTIONS - 1)[:, None])[:, 0].bool() & (actions >= 0) & (actions < ACTIONS) | self.over
-        if not bool(legal.all()):
+        if not (self.device.type == 'cuda' and torch.cuda.is_current_stream_capturing()) and not bool(legal.all()):
             row = int((~legal).nonzero()[0])
             raise BookError(f'action {int(actions[row])} is illegal in dream {row} ({self.world.config.games[int(self.cache.game[row])]}): choose by infos["action_mask"]')
         out = self.world.step(self.cache, actions, self.temperature, self.generator)
         self.age = self.age + 1
         alive = ~self.over
-        ended = torch.rand(self.num_envs, generator=self.generator).to(self.device) > out.proceed
+        ended = uniform((self.num_envs,), 1., self.generator, self.device) > out.proceed
         terminated, truncated = alive & ended, alive & ~ended & (self.age >= self.horizon)
         reward = self.foreseen(self.cache.hidden) if self.foresight else out.reward
         reward = torch.where(alive, reward, torch.zeros_like(reward))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import BookError, derive, precision, progress, require
+from .core import BookError, derive, progress, require
 
 # %% auto #0
 __all__ = ['HUB_ID', 'VARIABLE', 'FILES', 'SHAPE', 'RANDOM', 'MEAN', 'STD', 'Foundation', 'dinov2_classes', 'from_folder',
@@ -124,7 +124,7 @@ def embed_foundation(model, episodes, index, size=98, chunk=None):
     chunk = chunk or (256 if device.type == 'cuda' else 16)
     for i in progress(range(0, len(index), chunk), f'embedding {episodes.game}'):
         x = pictures(torch.from_numpy(frames[index[i:i + chunk]]).to(device), size)
-        with precision(device): tokens = model(pixel_values=x).last_hidden_state
+        with torch.autocast(torch.device(device).type, torch.bfloat16, torch.device(device).type == 'cuda'): tokens = model(pixel_values=x).last_hidden_state
         cells = F.adaptive_avg_pool2d(tokens[:, 1:].float().transpose(1, 2).unflatten(2, (side, side)), 3)
         vectors.append(F.normalize(tokens[:, 0].float(), dim=-1).cpu()); grids.append(cells.flatten(2).transpose(1, 2).flatten(1).cpu())
     return torch.cat(vectors).numpy(), torch.cat(grids).numpy()

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import nn
-from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, monitor, progress, require, reward_bins, save_checkpoint, seed_all,
+from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, monitor, progress, require, reward_bins, save_checkpoint, seed_all, set_rate,
                              symexp, symlog, two_hot)
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'LIVES', 'POINTS', 'gae', 'ActorCriticConfig', 'mixed', 'ActorCritic', 'Rollout', 'sample', 'rollout',
-           'PPOConfig', 'ppo_objective', 'reinforce_objective', 'pmpo_objective', 'standardised', 'spread', 'PPO',
-           'ReturnCounter', 'train_ppo', 'life_returns', 'score_of_points', 'score_of_lives', 'score_of_play']
+           'PPOConfig', 'mean_of', 'ppo_objective', 'reinforce_objective', 'pmpo_objective', 'by_game', 'standardised',
+           'spread', 'PPO', 'ReturnCounter', 'train_ppo', 'life_returns', 'score_of_points', 'score_of_lives',
+           'score_of_play']
 
 # %% ../nbs/09_ppo.ipynb #gae
 def gae(r_TB, v_TB, v_next_TB, terminated_TB, ended_TB, gamma, lam):
@@ -96,7 +97,8 @@ class Rollout:
     state: tuple
 
 def sample(logits, generator):
-    "int64 [N]: actions drawn from logits [N, A] with a CPU generator."
+    "int64 [N]: actions drawn from logits [N, A] with a CPU generator, or without one where the logits are."
+    if generator is None: return (logits.float().softmax(-1) / torch.empty_like(logits, dtype=torch.float32).exponential_()).argmax(-1)      # a race of exponentials: no wait for the device
     return torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
 
 @torch.no_grad()
@@ -141,37 +143,44 @@ class PPOConfig:
     objective: str = 'ppo'          # of the policy: 'ppo', 'pmpo' or 'reinforce'
     kl_cost: float = .3             # of leaving the policy that played; PMPO only
 
-def ppo_objective(log_p_N, old_N, a_N, c):
+def mean_of(x_N, weight_N=None):
+    "The mean of `x`, or of the rows that `weight` counts."
+    return x_N.mean() if weight_N is None else (x_N * weight_N).sum() / weight_N.sum().clamp(min=1)
+
+def ppo_objective(log_p_N, old_N, a_N, c, weight_N=None):
     "`-mean min(rho A, clip(rho) A)` (Schulman et al., 2017) from log-probabilities of what was done, now and when it was done, and advantages."
     rho = (log_p_N - old_N).exp()
-    return -torch.min(rho * a_N, rho.clamp(1 - c.clip, 1 + c.clip) * a_N).mean()
+    return -mean_of(torch.min(rho * a_N, rho.clamp(1 - c.clip, 1 + c.clip) * a_N), weight_N)
 
-def reinforce_objective(log_p_N, old_N, a_N, c):
+def reinforce_objective(log_p_N, old_N, a_N, c, weight_N=None):
     "`-mean A log pi`: the plain policy gradient with a baseline. It holds for the policy that played, so it wants `epochs=1`."
-    return -(log_p_N * a_N).mean()
+    return -mean_of(log_p_N * a_N, weight_N)
 
-def pmpo_objective(log_p_N, old_N, a_N, c):
+def pmpo_objective(log_p_N, old_N, a_N, c, weight_N=None):
     """`-(mean log pi over A >= 0) / 2 + (mean log pi over A < 0) / 2 + kl_cost KL`, as DreamerV4 has it (Hafner et al., 2025): only the sign of an advantage counts,
     so `update` hands it over as it is. The divergence is KL(policy that played || `pi`), by the estimate `rho - 1 - log rho` over what was done, which is never negative."""
     good, log_rho = a_N >= 0, log_p_N - old_N
-    praise, blame = (log_p_N[m].sum() / m.sum().clamp(min=1) for m in (good, ~good))
-    return (blame - praise) / 2 + c.kl_cost * (log_rho.exp() - 1 - log_rho).mean()
+    praise, blame = (mean_of(log_p_N, m.float() if weight_N is None else m * weight_N) for m in (good, ~good))
+    return (blame - praise) / 2 + c.kl_cost * mean_of(log_rho.exp() - 1 - log_rho, weight_N)
 
 OBJECTIVES = {'ppo': ppo_objective, 'pmpo': pmpo_objective, 'reinforce': reinforce_objective}
 
-def standardised(a_N, game_N, least=.01):
-    "float [N] with mean 0 and deviation 1 within each game of int64 [N]; a deviation below `least` counts as `least`, for where nothing happens there is nothing to enlarge."
-    out = torch.empty_like(a_N)
-    for g in game_N.unique():
-        x = a_N[game_N == g]
-        out[game_N == g] = (x - x.mean()) / x.std(unbiased=False).clamp(min=least)
-    return out
+def by_game(x_N, game_N, weight_N=None, games=None):
+    "`(mean, variance)` float [N] of `x` in each row's own game; `weight` 1 or 0 says which rows count, `games` how many there may be, where asking `game` would take a wait for the device."
+    own = (game_N == torch.arange(int(game_N.max()) + 1 if games is None else games, device=x_N.device)[:, None]).to(x_N.dtype)
+    if weight_N is not None: own = own * weight_N
+    own = own / own.sum(1, keepdim=True).clamp(min=1)
+    mean = (own * x_N).sum(1)[game_N]
+    return mean, (own * (x_N - mean).pow(2)).sum(1)[game_N]
 
-def spread(target_N, game_N, least=.1):
+def standardised(a_N, game_N, weight_N=None, games=None, least=.01):
+    "float [N] with mean 0 and deviation 1 within each game of int64 [N]; a deviation below `least` counts as `least`, for where nothing happens there is nothing to enlarge."
+    mean, variance = by_game(a_N, game_N, weight_N, games)
+    return (a_N - mean) / variance.sqrt().clamp(min=least)
+
+def spread(target_N, game_N, weight_N=None, games=None, least=.1):
     "float [N]: the variance of the returns in each row's own game, at least `least`."
-    out = torch.empty_like(target_N)
-    for g in game_N.unique(): out[game_N == g] = target_N[game_N == g].var(unbiased=False).clamp(min=least)
-    return out
+    return by_game(target_N, game_N, weight_N, games)[1].clamp(min=least)
 
 class PPO:
     "Improves an `ActorCritic` on `Rollout`s: `update(rollout, generator) -> metrics`. `state()` and `load_state()` for checkpoints."
@@ -179,7 +188,8 @@ class PPO:
         self.policy, self.config = policy, config or PPOConfig()
         choices('objective', self.config.objective, OBJECTIVES); choices('advantage', self.config.advantage, ('standardised', 'range'))
         self.range = {}                 # of the returns of each game, a moving average
-        self.opt = torch.optim.Adam(policy.parameters(), self.config.lr, eps=1e-5)
+        self.opt = torch.optim.Adam(policy.parameters(), self.config.lr, eps=1e-5, capturable=next(policy.parameters()).is_cuda)
+        set_rate(self.opt, self.config.lr)
 
     def state(self): return {'policy': self.policy.state_dict(), 'opt': self.opt.state_dict(), 'range': dict(self.range)}
     def load_state(self, state): self.policy.load_state_dict(state['policy']); self.opt.load_state_dict(state['opt']); self.range = dict(state['range'])
@@ -193,36 +203,56 @@ class PPO:
             out[game_N == g] = a_N[game_N == g] / max(1., self.range[g])
         return out
 
-    def losses(self, obs, mask, action, old, advantage, target, variance=1.):
-        "The three terms on flat rows [N], as a dict of scalars, and the mean of |rho - 1|; `variance` of the returns, float [N] or one number."
+    @property
+    def graphs(self): return self.config.advantage == 'standardised'      # `learn_from` suits `Graphed`
+
+    def losses(self, obs, mask, action, old, advantage, target, variance=1., weight=None):
+        "The three terms on flat rows [N], as a dict of scalars, and the mean of |rho - 1|; `variance` of the returns, float [N] or one number; `weight` float [N] says which rows count, None: all."
         logits, said = self.policy(obs, mask, raw=True)
         log_p = logits.log_softmax(-1)
         done = log_p.gather(1, action[:, None])[:, 0]
-        entropy = -(log_p.exp() * log_p.masked_fill(mask == 0, 0)).sum(-1).mean()
-        policy = OBJECTIVES[self.config.objective](done, old, advantage, self.config)
-        return {'policy': policy, 'value': self.policy.critic_error(said, target, variance).mean(), 'entropy': -entropy}, ((done - old).exp() - 1).abs().mean()
+        entropy = mean_of(-(log_p.exp() * log_p.masked_fill(mask == 0, 0)).sum(-1), weight)
+        policy = OBJECTIVES[self.config.objective](done, old, advantage, self.config, weight)
+        return {'policy': policy, 'value': mean_of(self.policy.critic_error(said, target, variance), weight), 'entropy': -entropy}, mean_of(((done - old).exp() - 1).abs(), weight)
 
     def update(self, r, generator):
-        c, keep = self.config, r.valid.flatten()
+        "Learn from a `Rollout`; its invalid steps are left out. Returns the metrics, averaged over the minibatches."
+        keep = r.valid.flatten()
         require(bool(keep.any()), 'the rollout holds no valid step: reset the environments first')
+        order = torch.stack([torch.randperm(int(keep.sum()), generator=generator) for _ in range(self.config.epochs)])
+        return self.told(self.learn_from(r, order.to(keep.device), keep))
+
+    def told(self, said):
+        "Metrics as numbers; a loss that is not finite is an error."
+        out = dict(zip(said, torch.stack([v.float() for v in said.values()]).tolist(), strict=True))
+        require(all(math.isfinite(v) for k, v in out.items() if k.startswith('loss_')), 'the PPO loss is not finite: lower the learning rate')
+        return out
+
+    def learn_from(self, r, order_EN, keep=None, games=None):
+        """One pass over a `Rollout` for each row of `order` int64 [E, N], which is cut into minibatches; the metrics as scalars on the device.
+
+        `keep` bool picks the rows that `order` counts; without it `order` counts all of them and invalid ones weigh nothing, so that shapes stay (`games`: see `by_game`)."""
+        c, total = self.config, {}
         advantage = gae(r.rewards, r.values, r.next_values, r.terminated, r.ended, c.gamma, c.lam)
-        flat = lambda x: x.flatten(0, 1)[keep]
-        target, game = flat(advantage + r.values), flat(r.game)
-        a, variance = flat(advantage), spread(target, game)
-        if c.objective != 'pmpo': a = standardised(a, game) if c.advantage == 'standardised' else self.ranged(a, target, game)
+        flat = lambda x: x.flatten(0, 1) if keep is None else x.flatten(0, 1)[keep]
+        w = flat(r.valid).float() if keep is None else None
+        target, game, a = flat(advantage + r.values), flat(r.game), flat(advantage)
+        variance = spread(target, game, w, games)
+        if c.objective != 'pmpo': a = standardised(a, game, w, games) if c.advantage == 'standardised' else self.ranged(a, target, game)
         obs, mask, action, old = flat(r.obs), flat(r.masks), flat(r.actions), flat(r.log_probs)
-        weights, total, n = {'policy': 1., 'value': c.value_cost, 'entropy': c.entropy_cost}, {}, 0
-        for _ in range(c.epochs):
-            for i in torch.randperm(len(a), generator=generator).to(a.device).chunk(c.minibatches):
-                parts, shift = self.losses(obs[i], mask[i], action[i], old[i], a[i], target[i], variance[i])
-                loss = sum(weights[k] * v for k, v in parts.items())
-                require(bool(torch.isfinite(loss)), 'the PPO loss is not finite: lower the learning rate')
-                self.opt.zero_grad(set_to_none=True); loss.backward()
+        weights, n = {'policy': 1., 'value': c.value_cost, 'entropy': c.entropy_cost}, 0
+        for row in order_EN:
+            for i in row.chunk(c.minibatches):
+                parts, shift = self.losses(obs[i], mask[i], action[i], old[i], a[i], target[i], variance[i], None if w is None else w[i])
+                self.opt.zero_grad(set_to_none=True)
+                sum(weights[k] * v for k, v in parts.items()).backward()
                 nn.utils.clip_grad_norm_(self.policy.parameters(), c.max_grad)
                 self.opt.step(); n += 1
-                for k, v in {**parts, 'ratio_shift': shift}.items(): total[k] = total.get(k, 0.) + v.detach()
-        every = target.var(unbiased=False)
-        return {**{f'loss_{k}' if k != 'ratio_shift' else k: float(v) / n for k, v in total.items()}, 'explained': float(1 - (target - flat(r.values)).var(unbiased=False) / every) if every > 0 else 0., 'value_mean': float(flat(r.values).mean())}
+                for k, v in {**{f'loss_{k}': v for k, v in parts.items()}, 'ratio_shift': shift}.items(): total[k] = total.get(k, 0.) + v.detach()
+        one, said = torch.zeros_like(game), flat(r.values)
+        every, left = (by_game(x, one, w, 1)[1][0] for x in (target, target - said))
+        return {**{k: v / n for k, v in total.items()}, 'explained': torch.where(every > 0, 1 - left / every.clamp(min=1e-20), 0.), 'value_mean': mean_of(said, w)}
+
 
 # %% ../nbs/09_ppo.ipynb #train-loop
 class ReturnCounter:
@@ -250,7 +280,7 @@ def train_ppo(make_envs, policy, config, total_steps, *, seed=0, horizon=64, chu
         generator = torch.Generator().manual_seed(derive(seed, desc, k))
         state, counter = envs.reset(seed=derive(seed, desc, k) % 2**31), ReturnCounter(envs.num_envs)
         for j in range(chunk):
-            for group in ppo.opt.param_groups: group['lr'] = ppo.config.lr * (1 - (k + j / chunk) / chunks)
+            set_rate(ppo.opt, ppo.config.lr * (1 - (k + j / chunk) / chunks))
             r = rollout(envs, policy, horizon, state, generator)
             counter.add(r); state = r.state
             if clip_rewards: r.rewards = r.rewards.sign()

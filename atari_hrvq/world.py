@@ -20,8 +20,8 @@ from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
 __all__ = ['Tokens', 'tokenise', 'load_tokens', 'token_batches', 'rope_angles', 'rotate', 'rope', 'RMSNorm', 'WorldConfig',
-           'Block', 'LevelHeads', 'choose', 'uniform', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step',
-           'level_losses', 'WorldModel', 'fill_rings', 'advance', 'token_accuracy', 'f1']
+           'Block', 'Embedding', 'LevelHeads', 'choose', 'uniform', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache',
+           'Step', 'level_losses', 'WorldModel', 'fill_rings', 'advance', 'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -35,9 +35,11 @@ class Tokens:
 
     def __len__(self): return len(self.actions)
 
+    def to(self, device): return Tokens(*(x.to(device) for x in vars(self).values()))
+
     def windows(self, length):
         "int64 [M]: starts of windows of `length` steps inside one episode."
-        return episode_windows(self.episode.numpy(), length)
+        return episode_windows(self.episode.cpu().numpy(), length)
 
 def tokenise(tokenizer, episodes):
     "`Tokens` of an `Episodes`, on the CPU; a game that was cut off is not `done`."
@@ -70,10 +72,10 @@ def token_batches(data, size, length, recent=None):
         parts = []
         for i, (g, d) in enumerate(data.items()):
             n = size // len(data) + (i < size % len(data))
-            at = torch.from_numpy(draw(g, n, rng)[:, None] + np.arange(length))
+            at = torch.from_numpy(draw(g, n, rng)[:, None] + np.arange(length)).to(d.codes.device)
             after = (at + 1).clamp(max=len(d) - 1)
             known = (d.episode[after] == d.episode[at]) & (after > at)
-            parts.append((d.codes[at], d.actions[at], d.rewards[at], d.done[at], torch.full((n,), i), d.codes[after], known))
+            parts.append((d.codes[at], d.actions[at], d.rewards[at], d.done[at], torch.full((n,), i, device=at.device), d.codes[after], known))
         return tuple(torch.cat(x) for x in zip(*parts, strict=True))
     return batch
 
@@ -158,6 +160,10 @@ class Block(nn.Module):
         return x_BTD + y, aux
 
 # %% ../nbs/07_world.ipynb #heads
+class Embedding(nn.Embedding):
+    "PyTorch's own; on a GPU its gradient is added up without sorting, which a CUDA graph can record."
+    def forward(self, i): return self.weight.index_select(0, i.flatten()).view(*i.shape, -1) if self.weight.is_cuda else super().forward(i)
+
 class LevelHeads(nn.Module):
     "Logits of the next codes of all cells, level after level. Codebooks and the scale come with the tokenizer."
     def __init__(self, c):
@@ -169,8 +175,8 @@ class LevelHeads(nn.Module):
             conv = nn.Conv2d(c.history * c.cell_dim, H, 3, padding=1)
             self.local, self.local_bias = nn.Parameter(conv.weight.permute(2, 3, 1, 0).contiguous()), nn.Parameter(conv.bias)     # [3, 3, h * cell_dim, H]
         self.place = nn.Parameter(torch.zeros(P, H))
-        self.scene = nn.Embedding(P * c.codes, H)                 # level-0 codes of all cells, summed
-        self.chosen = nn.ModuleList(nn.Embedding(c.codes, H) for _ in range(c.levels - 1))
+        self.scene = Embedding(P * c.codes, H)                 # level-0 codes of all cells, summed
+        self.chosen = nn.ModuleList(Embedding(c.codes, H) for _ in range(c.levels - 1))
         self.free = nn.ModuleList(nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, c.codes)) for _ in range(c.levels))
         self.shift = nn.ModuleList(nn.Linear(H, c.cell_dim) for _ in range(c.levels))
         self.log_scale = nn.Parameter(torch.zeros(c.levels))
@@ -257,11 +263,11 @@ class RewardHead(nn.Module):
     def loss(self, logits, rewards, live):
         "`(cross-entropy of this step's reward, mean over the later ones)` of logits [B, T, A, n], rewards [B, T] and `live` bool [B, T]: whether the game goes on after the step."
         target, log_p = two_hot(symlog(rewards), self.bins), logits.float().log_softmax(-1)
-        losses, reach = [-(target * log_p[:, :, 0]).sum(-1).mean()], torch.ones_like(live)
+        now, ahead, reach = -(target * log_p[:, :, 0]).sum(-1).mean(), [], torch.ones_like(live)
         for k in range(1, min(self.ahead, rewards.shape[1])):
             reach = reach[:, :-1] & live[:, k - 1:-1]                         # steps t whose game goes on until t + k
-            if bool(reach.any()): losses.append(-(target[:, k:] * log_p[:, :-k, k]).sum(-1)[reach].mean())
-        return losses[0], sum(losses[1:]) / max(1, len(losses) - 1)
+            ahead.append(torch.where(reach, -(target[:, k:] * log_p[:, :-k, k]).sum(-1), 0.).sum() / reach.sum().clamp(min=1))
+        return now, sum(ahead) / max(1, len(ahead))
 
     def expect(self, logits):
         "From logits [..., A, n]: the expected sign of this step's reward, -1..1, and the expected reward in the game's own points."
@@ -276,7 +282,7 @@ class Contrast(nn.Module):
     def __init__(self, c, width=128, hide=.1, discount=.75):
         super().__init__()
         self.steps, self.hide, self.discount = c.contrast, hide, discount
-        self.actions, self.step = nn.Embedding(c.contrast * ACTIONS, c.dim), nn.Embedding(c.contrast, c.dim)
+        self.actions, self.step = Embedding(c.contrast * ACTIONS, c.dim), nn.Embedding(c.contrast, c.dim)
         nn.init.normal_(self.actions.weight, std=.1)
         self.predict = nn.Sequential(RMSNorm(c.dim), nn.Linear(c.dim, 256), nn.SiLU(), nn.Linear(256, width))
         self.view = nn.Sequential(nn.Linear(c.grid ** 2 * c.cell_dim, 256), nn.SiLU(), nn.Linear(256, width))
@@ -292,14 +298,15 @@ class Contrast(nn.Module):
             if k: given = given + self.actions(actions_BT[:, k:] + (k - 1) * ACTIONS)
             query = F.normalize(self.predict(h_BTD[:, :T - k] + given + self.step.weight[k]), dim=-1)
             m = known_BT[:, k:] & known_BT[:, :T - k]
-            if not bool(m.any()): break
-            total = total + self.discount ** k * self.nce(query[m], keys[:, k:][m])
+            total = total + self.discount ** k * self.nce(query.flatten(0, 1), keys[:, k:].flatten(0, 1), m.flatten())
             weight += self.discount ** k
         return total / max(weight, 1e-9)
 
     @staticmethod
-    def nce(query_ND, key_ND, temperature=.1):
-        return F.cross_entropy(query_ND @ key_ND.T / temperature, torch.arange(len(query_ND), device=query_ND.device))
+    def nce(query_ND, key_ND, known_N, temperature=.1):
+        "Mean over the pairs that are `known`; only their keys stand to choose from."
+        logits = (query_ND @ key_ND.T / temperature).masked_fill(~known_N, -1e9)
+        return torch.where(known_N, F.cross_entropy(logits, torch.arange(len(query_ND), device=query_ND.device), reduction='none'), 0.).sum() / known_N.sum().clamp(min=1)
 
 # %% ../nbs/07_world.ipynb #world
 class WorldOutput(NamedTuple):
@@ -328,8 +335,8 @@ class Step(NamedTuple):
 
 def level_losses(logits, codes, following, known, changed):
     "`{'level_0': ...}`: @eq-changed of the logits [B, T, P, K] of each level, in nats a token; a cell that `changed` in any level between `codes` and `following` uint8 [B, T, P, L] weighs that many times as much."
-    weight = torch.where((following != codes).any(-1), float(changed), 1.)[known].flatten()
-    return {f'level_{l}': F.cross_entropy(x[known].flatten(0, 1).float(), following[known][..., l].long().flatten(), reduction='none') @ weight / weight.sum() for l, x in enumerate(logits)}
+    weight = (torch.where((following != codes).any(-1), float(changed), 1.) * known[..., None]).flatten()
+    return {f'level_{l}': (F.cross_entropy(x.flatten(0, 2).float(), following[..., l].long().flatten(), reduction='none') * weight).sum() / weight.sum() for l, x in enumerate(logits)}
 
 class WorldModel(Pretrained):
     "Predicts the next tokens of a game, its reward, and whether it goes on."
@@ -340,12 +347,15 @@ class WorldModel(Pretrained):
         c = self.config = config
         require(len(c.experts) == len(c.windows), f'experts and windows need one entry a layer, got {len(c.experts)} and {len(c.windows)}')
         P = c.grid ** 2
-        self.see, self.act, self.game = nn.Linear(P * c.cell_dim, c.dim), nn.Embedding(ACTIONS, c.dim), nn.Embedding(len(c.games), c.dim)
+        self.see, self.act, self.game = nn.Linear(P * c.cell_dim, c.dim), Embedding(ACTIONS, c.dim), Embedding(len(c.games), c.dim)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(len(c.experts)))
         self.norm, self.heads = RMSNorm(c.dim), LevelHeads(c)
         self.reward, self.proceed = RewardHead(c), nn.Sequential(nn.Linear(c.dim, 128), nn.SiLU(), nn.Linear(128, 1))
         self.register_buffer('scale', torch.ones(()))                 # of the tokenizer's vectors
         if c.contrast: self.contrast = Contrast(c)
+
+    @property
+    def graphs(self): return not self.config.corrupt           # `loss` suits `Graphed`
 
     @classmethod
     def for_tokenizer(cls, tokenizer, **options):

@@ -558,6 +558,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                        'atari_hrvq.pretrained.film': ('pretrained.html#film', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.film_strip': ('pretrained.html#film_strip', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.halved': ('pretrained.html#halved', 'atari_hrvq/pretrained.py'),
+                                       'atari_hrvq.pretrained.is_large': ('pretrained.html#is_large', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.joined': ('pretrained.html#joined', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.loop_seconds': ('pretrained.html#loop_seconds', 'atari_hrvq/pretrained.py'),
                                        'atari_hrvq.pretrained.memory_of': ('pretrained.html#memory_of', 'atari_hrvq/pretrained.py'),

@@ -213,13 +213,19 @@ class Pretrained(torch.nn.Module):
     """A module built from one config dataclass (class attribute `Config`, instance attribute `config`).
 
     `save_pretrained(folder, dtype)` writes `config.json` and `model.safetensors` (`dtype` torch.float16 halves the file; what does
-    not fit into it stays as it is); `from_pretrained(folder_or_hub_id)` reads them. Weights load without pickle; a shape or name that does not fit is one sentence."""
+    not fit into it stays as it is; torch.int8 does the same, and rounds large matrices to 8 bits with one scale a row); `from_pretrained(folder_or_hub_id)` reads them. Weights load without pickle; a shape or name that does not fit is one sentence."""
     Config = None
 
     def save_pretrained(self, folder, dtype=None):
         folder = Path(folder)
-        fits = lambda v: dtype and v.is_floating_point() and v.numel() and v.abs().max() < torch.finfo(dtype).max
-        state = {k: v.detach().cpu().to(dtype if fits(v) else v.dtype, copy=True).contiguous() for k, v in self.state_dict().items()}
+        half = torch.float16 if dtype == torch.int8 else dtype
+        fits = lambda v: half and v.is_floating_point() and v.numel() and v.abs().max() < torch.finfo(half).max
+        state = {k: v.detach().cpu() for k, v in self.state_dict().items()}
+        for k, v in [*state.items()] if dtype == torch.int8 else ():
+            if v.is_floating_point() and v.dim() > 1 and v.numel() >= 2**16:
+                scale = v.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+                state[k], state[f'{k}.scale'] = (v / scale).round().to(torch.int8), scale.float()
+        state = {k: v.to(half if fits(v) and not k.endswith('.scale') else v.dtype, copy=True).contiguous() for k, v in state.items()}
         write_atomic(folder / 'model.safetensors', st.save(state))
         write_json(folder / 'config.json', {'class': type(self).__name__, **asdict(self.config)})
         return folder
@@ -246,6 +252,7 @@ def load_weights(model, path):
     require(Path(path).exists(), f'{path} does not exist: expected saved weights')
     try: state = st.load_file(path)
     except Exception as e: raise BookError(f'{path} is damaged ({type(e).__name__}): fetch or make the weights again') from None
+    for k in [k for k, v in state.items() if v.dtype == torch.int8 and f'{k}.scale' in state]: state[k] = state[k].float() * state.pop(f'{k}.scale')
     own = model.state_dict()
     wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [k for k in state if k not in own]
     require(not wrong, f'{path} does not fit {type(model).__name__}: first difference at {wrong[0] if wrong else None!r}, so the weights are of another size or version')

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from .agent import Agent, head, packed_replay, shipped_replay
 from .claims import ledger
-from .core import (BookError, SHIPPED, Stage, Table, bootstrap_mean, derive, file_hash, load_tree, put_in_place, read_json, read_metrics, repo_path, require, rng_for,
+from .core import (BookError, SHIPPED, Stage, Table, bootstrap_mean, count_parameters, derive, file_hash, load_tree, put_in_place, read_json, read_metrics, repo_path, require, rng_for,
                              save_tree, seed_all, write_atomic, write_json)
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
 from .encoder import labels_at, state_fidelity
@@ -22,8 +22,9 @@ from .hrvq import Tokenizer
 from .world import WorldModel, tokenise
 
 # %% auto #0
-__all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'halved', 'seal', 'pack', 'compared', 'verify', 'score',
-           'film', 'film_strip', 'fidelity_of_play', 'joined', 'memory_of', 'ship_agent', 'loop_seconds', 'agent_card']
+__all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'is_large', 'halved', 'seal', 'pack', 'compared', 'verify',
+           'score', 'film', 'film_strip', 'fidelity_of_play', 'joined', 'memory_of', 'ship_agent', 'loop_seconds',
+           'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @torch.no_grad()
@@ -52,14 +53,17 @@ def pack_replay(parts):
 # %% ../nbs/14_pretrained.ipynb #pack
 PARTS = ('tokenizer', 'world', 'policy')
 
+def is_large(agent): return sum(map(count_parameters, (agent.world, agent.policy))) > 8e6
+
 def halved(agent, folder):
-    "Save `agent` in half precision to `folder` and return what a reader will load from there."
-    folder = Path(folder)
+    "Save `agent` in half precision to `folder`, the large matrices of a large one in 8 bits, and return what a reader will load from there."
+    folder, small = Path(folder), torch.int8 if is_large(agent) else torch.float16
     agent.tokenizer.save_pretrained(folder / 'tokenizer', torch.float16)
     tokenizer = Tokenizer.from_pretrained(folder / 'tokenizer')
     world = WorldModel(replace(agent.world.config)); world.load_state_dict(agent.world.state_dict())
     world.follow(tokenizer)
-    Agent(tokenizer, world, agent.policy.cpu(), agent.context, agent.real_steps).save_pretrained(folder, torch.float16)
+    Agent(tokenizer, world, agent.policy.cpu(), agent.context, agent.real_steps).save_pretrained(folder, small)
+    agent.tokenizer.save_pretrained(folder / 'tokenizer', torch.float16)          # its codes are what all else is about
     return Agent.from_pretrained(folder)
 
 def seal(folder, made):
@@ -260,7 +264,7 @@ def loop_seconds(made):
 
 def agent_card(folder):
     "Markdown: how to load the agent, what it scores, what it was made from, what it cannot do."
-    made, scores = read_json(folder / 'manifest.json')['made'], read_json(folder / 'scores.json')
+    made, scores, small = read_json(folder / 'manifest.json')['made'], read_json(folder / 'scores.json'), is_large(Agent.from_pretrained(folder))
     rows = [{'game': g, 'score': s['mean'], '95% interval': f'{s["lo"]:.1f} to {s["hi"]:.1f}', 'random play': s['random'], 'its interval': f'{s["random lo"]:.1f} to {s["random hi"]:.1f}', 'episodes': s['episodes'], 'cut short': s['cut short']} for g, s in scores.items()]
     told = {**{k: v for k, v in made.items() if k not in ('learned from', 'games', 'known from the codes', 'went on from', 'recipe')}, **{f'recipe: {k}': v for k, v in made.get('recipe', {}).items()}, 'seconds of the loop': round(loop_seconds(made), 1)}
     known = [{'game': g, 'variable': k, 'R^2 from the codes': v, 'untrained tokenizer': null} for g, found in made.get('known from the codes', {}).items() for k, (v, null) in found.items()]
@@ -275,7 +279,7 @@ def agent_card(folder):
     from atari_hrvq.agent import Agent
     agent = Agent.from_pretrained('pretrained/{folder.name}')
 
-Tokenizer, world model and policy of one agent for {", ".join(made['games'])}, in half precision, without pickle. `atari-hrvq verify pretrained/{folder.name}` checks
+Tokenizer, world model and policy of one agent for {", ".join(made['games'])}, {'its codes in half precision, large matrices of the rest in 8 bits' if small else 'in half precision'}, without pickle. `atari-hrvq verify pretrained/{folder.name}` checks
 the files and a stored dream; `atari-hrvq evaluate pretrained/{folder.name} --game {g}` plays the scores again.
 
 {chr(10).join(f"![{g}: on the left the real game as the agent played it, on the right its dream, fed the same actions](dream-{g}.gif)" for g in made['games'])}

@@ -136,10 +136,6 @@ def bench_dream():
         t = median_seconds(lambda: world.step(cache, none), *rounds)
         rows.append(bench_row(f'dream step batch {B}, {grid} x {grid} cells', 1000 * t, 'ms', t / least))
         if B == 16: continue
-        if device.type == 'cuda':
-            def half():
-                world.step(cache, none)
-            t = median_seconds(half, *rounds); rows.append(bench_row(f'dream step batch {B}, bf16', 1000 * t, 'ms', t / least))
         if device.type == 'cuda' or shutil.which('g++'):
             world.faster(); world.step(cache, none)
             t = median_seconds(lambda: world.step(cache, none), *rounds)

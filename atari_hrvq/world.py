@@ -263,11 +263,12 @@ class RewardHead(nn.Module):
     def loss(self, logits, rewards, live):
         "`(cross-entropy of this step's reward, mean over the later ones)` of logits [B, T, A, n], rewards [B, T] and `live` bool [B, T]: whether the game goes on after the step."
         target, log_p = two_hot(symlog(rewards), self.bins), logits.float().log_softmax(-1)
-        now, ahead, reach = -(target * log_p[:, :, 0]).sum(-1).mean(), [], torch.ones_like(live)
+        now, ahead, asked, reach = -(target * log_p[:, :, 0]).sum(-1).mean(), 0., 0, torch.ones_like(live)
         for k in range(1, min(self.ahead, rewards.shape[1])):
             reach = reach[:, :-1] & live[:, k - 1:-1]                         # steps t whose game goes on until t + k
-            ahead.append(torch.where(reach, -(target[:, k:] * log_p[:, :-k, k]).sum(-1), 0.).sum() / reach.sum().clamp(min=1))
-        return now, sum(ahead) / max(1, len(ahead))
+            ahead = ahead + torch.where(reach, -(target[:, k:] * log_p[:, :-k, k]).sum(-1), 0.).sum() / reach.sum().clamp(min=1)
+            asked = asked + reach.any()
+        return now, ahead / torch.as_tensor(asked).clamp(min=1)
 
     def expect(self, logits):
         "From logits [..., A, n]: the expected sign of this step's reward, -1..1, and the expected reward in the game's own points."

@@ -4,13 +4,13 @@
 
 # %% ../nbs/10_agent.ipynb #imports
 from __future__ import annotations
-import os, time
+import time
 import multiprocessing as mp
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .core import (FitConfig, Graphed, SHIPPED, Stage, derive, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json, repo_path,
+from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json, repo_path,
                              require, rng_for, save_checkpoint, seed_all, set_rate, write_json)
 from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
 from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, regenerate, store_episodes
@@ -45,7 +45,8 @@ class Agent:
 
     def save_pretrained(self, folder, dtype=None):
         folder = Path(folder)
-        for name in ('tokenizer', 'world', 'policy'): getattr(self, name).save_pretrained(folder / name, dtype)
+        for name in ('tokenizer', 'world', 'policy'):                # the tokenizer's codes are what all else is about: never in 8 bits
+            getattr(self, name).save_pretrained(folder / name, torch.float16 if name == 'tokenizer' and dtype == torch.int8 else dtype)
         write_json(folder / 'config.json', {'class': 'Agent', 'context': self.context, 'real_steps': self.real_steps})
         return folder
 
@@ -99,13 +100,15 @@ class Games:
         for w in range(self.share if self.share > 1 else 0):
             mine, theirs = fork.Pipe()
             self.pipes.append(mine); self.workers.append(fork.Process(target=_serve, args=(theirs, names[w::self.share], protocol), daemon=True))
-            self.workers[-1].start()
+            self.workers[-1].start(); theirs.close()                     # so that a process that ended is noticed
 
     def ask(self, rows):
         if self.envs: return [self.envs[i].reset(seed=x) if anew else self.envs[i].step(x) for i, anew, x in rows]
         by = [[(i // self.share, anew, x) for i, anew, x in rows if i % self.share == w] for w in range(self.share)]
-        for pipe, asked in zip(self.pipes, by, strict=True): pipe.send(asked)
-        said = [iter(pipe.recv()) for pipe in self.pipes]
+        try:
+            for pipe, asked in zip(self.pipes, by, strict=True): pipe.send(asked)
+            said = [iter(pipe.recv()) for pipe in self.pipes]
+        except (EOFError, OSError): raise BookError('a process that plays games ended before its time: what it printed says why; play again') from None
         return [next(said[i % self.share]) for i, _, _ in rows]
 
     def close(self):
@@ -116,7 +119,7 @@ def play(agent, games, each, steps, seed, protocol='atari100k', desc='playing', 
     """Play `each` copies of every game for `steps` agent steps each, sampling from the policy. Returns {game: Episodes},
     one after the other; every episode has its own seed, so the result follows from seeds and actions, however many processes (`workers`; None: one a core beside a GPU, else this one) the games are in."""
     names = [g for g in games for _ in range(each)]
-    envs = Games(names, protocol, workers or (len(os.sched_getaffinity(0)) if agent.device.type == 'cuda' and hasattr(os, 'sched_getaffinity') else 1))
+    envs = Games(names, protocol, workers or (cores() if agent.device.type == 'cuda' else 1))
     rows, seeds, now, restart = [[] for _ in names], [[] for _ in names], [None] * len(names), np.ones(len(names), bool)
     agent.start(names, len(names), derive(seed, 'play'))
     for _ in progress(range(steps), desc):
@@ -157,13 +160,12 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoi
         lived = rollout(envs, agent.policy, horizon, envs.begin(codes, actions, game), None)
         return lived, ppo.learn_from(lived, order, games=len(agent.games))
     graphed = Graphed(whole) if agent.device.type == 'cuda' and ppo.graphs else None
-    set_rate(ppo.opt, ppo.config.lr)
+    if graphed: envs.reset(seed=derive(seed, desc) % 2**31)
     clock = time.time()
     for k in progress(range(first, iterations), desc, iterations - first):
         seed_all(seed, desc, k)
         if falling: set_rate(ppo.opt, ppo.config.lr * (1 - k / iterations))
         if graphed:
-            if k == first: envs.reset(seed=derive(seed, desc, k) % 2**31)
             order = torch.rand(ppo.config.epochs, dreams * horizon, device=agent.device).argsort(1)
             lived, said = graphed(*(x.to(agent.device) for x in contexts(dreams, rng_for(seed, desc, k))), order)
             metrics = ppo.told(said)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 import psutil
 import atari_hrvq
-from .core import (BookError, GAMES, PROFILES, STARTS, choices, file_hash, parse_games, read_json, require, write_json)
+from .core import (BookError, GAMES, PROFILES, STARTS, choices, cores, file_hash, parse_games, read_json, require, write_json)
 
 # %% auto #0
 __all__ = ['STAGES', 'PLACES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure',
            'outside', 'stage_key', 'stage_keys', 'upstream', 'clock', 'Running', 'Watch', 'end_processes', 'hardware',
-           'versions', 'made_files', 'check_files', 'cores', 'default_jobs', 'locked', 'busy', 'StageFailed',
+           'versions', 'made_files', 'check_files', 'default_jobs', 'locked', 'busy', 'StageFailed',
            'kernel_environment', 'logged_kernel', 'execute', 'run_chain', 'chain_job', 'sweep', 'status_table',
            'read_claims']
 
@@ -235,8 +235,6 @@ def check_files(folder, stage, files):
         require(file_hash(folder / p) == sha, f'{folder / p} was altered or cut short since chapter {stage} wrote it: {again}')
 
 # %% ../nbs/91_book.ipynb #jobs
-def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
 def default_jobs():
     "Two chapters at a time where there are two cores and memory for both (7 GB) and no GPU, which they would have to share; else one."
     import torch

@@ -16,12 +16,12 @@ from tqdm.std import tqdm
 
 # %% auto #0
 __all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'BookError', 'require', 'choices', 'pick',
-           'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'Graphed', 'set_rate', 'count_parameters',
-           'symlog', 'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic', 'write_json', 'save_tree',
-           'load_arrays', 'load_tree', 'file_hash', 'put_in_place', 'Pretrained', 'load_weights', 'progress', 'Monitor',
-           'FitConfig', 'learning_rate', 'make_adamw', 'settings', 'fit', 'fingerprint', 'save_checkpoint',
-           'load_checkpoint', 'plot_history', 'repo_path', 'injected_parameters', 'Stage', 'read_json', 'read_metrics',
-           'clean_number', 'Table', 'bootstrap_mean']
+           'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'Graphed', 'set_rate', 'cores',
+           'count_parameters', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic',
+           'write_json', 'save_tree', 'load_arrays', 'load_tree', 'file_hash', 'put_in_place', 'Pretrained',
+           'load_weights', 'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw', 'settings', 'fit',
+           'fingerprint', 'save_checkpoint', 'load_checkpoint', 'plot_history', 'repo_path', 'injected_parameters',
+           'Stage', 'read_json', 'read_metrics', 'clean_number', 'Table', 'bootstrap_mean']
 
 # %% ../nbs/00_core.ipynb #errors
 class BookError(Exception):
@@ -106,6 +106,10 @@ def set_rate(opt, lr):
         if not g['params'][0].is_cuda: g['lr'] = lr
         elif isinstance(g['lr'], torch.Tensor) and g['lr'].is_cuda: g['lr'].fill_(lr)
         else: g['lr'] = torch.tensor(lr, device=g['params'][0].device)
+
+def cores():
+    "How many processor cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 def count_parameters(module): return sum(p.numel() for p in module.parameters())
 
@@ -218,14 +222,14 @@ class Pretrained(torch.nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         folder = Path(folder)
-        half = torch.float16 if dtype == torch.int8 else dtype
-        fits = lambda v: half and v.is_floating_point() and v.numel() and v.abs().max() < torch.finfo(half).max
-        state = {k: v.detach().cpu() for k, v in self.state_dict().items()}
-        for k, v in [*state.items()] if dtype == torch.int8 else ():
-            if v.is_floating_point() and v.dim() > 1 and v.numel() >= 2**16:
-                scale = v.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
-                state[k], state[f'{k}.scale'] = (v / scale).round().to(torch.int8), scale.float()
-        state = {k: v.to(half if fits(v) and not k.endswith('.scale') else v.dtype, copy=True).contiguous() for k, v in state.items()}
+        half, state = torch.float16 if dtype == torch.int8 else dtype, {}
+        for k, v in self.state_dict().items():
+            v = v.detach().cpu()
+            if dtype == torch.int8 and v.is_floating_point() and v.dim() > 1 and v.numel() >= 2**16:
+                state[f'{k}.scale'] = v.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+                v = (v / state[f'{k}.scale']).round().to(torch.int8)
+            elif half and v.is_floating_point() and v.numel() and v.abs().max() < torch.finfo(half).max: v = v.to(half)
+            state[k] = v.clone().contiguous()
         write_atomic(folder / 'model.safetensors', st.save(state))
         write_json(folder / 'config.json', {'class': type(self).__name__, **asdict(self.config)})
         return folder

@@ -11,8 +11,8 @@ from torch import nn
 from .core import FitConfig, Stage, count_parameters, derive, fit, progress, require, rng_for
 
 # %% auto #0
-__all__ = ['swiglu', 'Permute', 'shares', 'everyone', 'grouped', 'grouped_kernel', 'grouped_opaque', 'MoEConfig',
-           'MixtureOfExperts', 'active_parameters', 'without', 'prune_experts']
+__all__ = ['swiglu', 'Permute', 'everyone', 'grouped', 'grouped_kernel', 'grouped_opaque', 'MoEConfig', 'MixtureOfExperts',
+           'active_parameters', 'without', 'prune_experts']
 
 # %% ../nbs/06_moe.ipynb #expert
 def swiglu(x_ND, inner_D2H, outer_HD):
@@ -30,10 +30,6 @@ class Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return g.contiguous().index_select(0, ctx.inverse), None, None
 
-def shares(expert_N, experts):
-    "How many rows chose each expert, float [E]; unlike `bincount` it does not wait for a GPU."
-    return (expert_N[:, None] == torch.arange(experts, device=expert_N.device)).float().sum(0)
-
 def everyone(x_ND, expert_N, inner, outer):
     "As `grouped`, but every expert computes every row: more arithmetic in five fixed steps, which is the faster way where a GPU waits for launches, and can be recorded as a graph."
     gate, up = (x_ND @ inner).chunk(2, -1)
@@ -43,7 +39,7 @@ def everyone(x_ND, expert_N, inner, outer):
 def grouped(x_ND, expert_N, inner, outer, kernel=None):
     "Each row of `x` through its own expert: float [N, D]. `inner` [E, D, 2H], `outer` [E, H, D]; `kernel` is `torch._grouped_mm` or None for the loop."
     order = expert_N.argsort(stable=True)
-    counts = shares(expert_N, len(inner)).long()
+    counts = torch.bincount(expert_N, minlength=len(inner))
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     x = Permute.apply(x_ND, order, inverse)
     if kernel is not None:
@@ -125,7 +121,7 @@ class MixtureOfExperts(nn.Module):
         else: y = grouped(rows, choice.flatten(), self.inner, self.outer, grouped_kernel(x_ND))
         y = (y.view(len(x_ND), c.top_k, c.dim) * weight[..., None].to(y.dtype)).sum(1)
         if not (report or self.training): return y, None
-        load = shares(choice.flatten(), c.experts) / max(1, choice.numel())
+        load = (choice.flatten()[:, None] == torch.arange(c.experts, device=choice.device)).float().sum(0) / max(1, choice.numel())
         likely = (affinity / affinity.sum(1, keepdim=True)).sum(0) / max(1, len(x_ND))
         if self.training and c.bias_rate and len(x_ND): self.bias += c.bias_rate * torch.sign(1 / c.experts - load)
         return y, {'balance_loss': c.balance * c.experts * (load * likely).sum(), 'load': load, 'choice': choice}

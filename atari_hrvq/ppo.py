@@ -192,7 +192,7 @@ class PPO:
         set_rate(self.opt, self.config.lr)
 
     def state(self): return {'policy': self.policy.state_dict(), 'opt': self.opt.state_dict(), 'range': dict(self.range)}
-    def load_state(self, state): self.policy.load_state_dict(state['policy']); self.opt.load_state_dict(state['opt']); self.range = dict(state['range'])
+    def load_state(self, state): self.policy.load_state_dict(state['policy']); self.opt.load_state_dict(state['opt']); self.range = dict(state['range']); set_rate(self.opt, float(self.opt.param_groups[0]['lr']))
 
     def ranged(self, a_N, target_N, game_N, decay=.99):
         "float [N]: advantages over the distance from the 5th to the 95th percentile of their game's returns, averaged over the updates and at least 1 (Hafner et al., 2023, equation 12)."

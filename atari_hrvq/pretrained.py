@@ -63,7 +63,6 @@ def halved(agent, folder):
     world = WorldModel(replace(agent.world.config)); world.load_state_dict(agent.world.state_dict())
     world.follow(tokenizer)
     Agent(tokenizer, world, agent.policy.cpu(), agent.context, agent.real_steps).save_pretrained(folder, small)
-    agent.tokenizer.save_pretrained(folder / 'tokenizer', torch.float16)          # its codes are what all else is about
     return Agent.from_pretrained(folder)
 
 def seal(folder, made):

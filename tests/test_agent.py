@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from atari_hrvq import agent as module, world as world_module
-from atari_hrvq.agent import Agent, LoopConfig, dreaming_on, first_play, fresh_agent, going_on, head, learn, play, remembered, replay_frames
+from atari_hrvq.agent import Agent, Games, LoopConfig, dreaming_on, first_play, fresh_agent, going_on, head, learn, play, remembered, replay_frames
 from atari_hrvq.core import BookError, Stage, load_checkpoint, save_tree
 from atari_hrvq.frames import LEGAL, RandomPolicy, collect, load_stored, store_episodes
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
@@ -172,6 +172,19 @@ def test_what_was_played_can_be_played_again(whole):
         before = load_stored(whole[4], f'agent-replay-{g}-0')
         (whole[4].folder / 'cache' / f'agent-replay-{g}-0.npy').unlink()
         assert np.array_equal(load_stored(whole[4], f'agent-replay-{g}-0').frames, before.frames) and len(before) == 24
+
+
+def test_the_same_is_played_over_processes(parts):
+    agent = fresh(parts)[0]
+    here, there = (play(agent, GAMES, 3, 12, seed=2, workers=w) for w in (1, 4))
+    for g in GAMES: assert here[g].hash() == there[g].hash() and np.array_equal(here[g].frames, there[g].frames) and np.array_equal(here[g].ram, there[g].ram)
+
+
+def test_a_process_of_games_that_ends_is_one_sentence():
+    games = Games(['pong', 'pong'], 'atari100k', workers=2)
+    games.workers[0].terminate(); games.workers[0].join()
+    with pytest.raises(BookError, match='ended before its time'): games.ask([(0, True, 1), (1, True, 2)])
+    games.workers[1].terminate()
 
 
 def test_only_legal_actions_and_saved_agent_acts_alike(parts, tmp_path):

@@ -140,6 +140,25 @@ def test_a_large_checkpoint_is_small_files_and_whole_at_any_moment(tmp_path, mon
     assert load_checkpoint(path, 'm')['step'] == 1 and list(tmp_path.iterdir()) == [path]
 
 
+def test_large_matrices_in_8_bits(tmp_path):
+    "Each row of a large matrix is off by at most half of its step; what is small stays in half precision, and the file is a quarter as large."
+    class Wide(core.Pretrained):
+        Config = Net.Config
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.large, self.small = config, torch.nn.Linear(300, 400), torch.nn.Linear(4, 3)
+    torch.manual_seed(0)
+    model = Wide(Net.Config())
+    with torch.no_grad(): model.large.weight[7] *= 100; model.large.weight[8] = 0.
+    model.save_pretrained(tmp_path / 'bytes', torch.int8); model.save_pretrained(tmp_path / 'whole')
+    again = Wide.from_pretrained(tmp_path / 'bytes')
+    step = model.large.weight.abs().amax(1, keepdim=True) / 127
+    assert ((again.large.weight - model.large.weight).abs() <= .501 * step + 1e-9).all() and (again.large.weight != model.large.weight).any()
+    assert torch.equal(again.small.weight, model.small.weight.half().float())
+    small, whole = ((tmp_path / f / 'model.safetensors').stat().st_size for f in ('bytes', 'whole'))
+    assert small < .27 * whole
+
+
 def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path):
     def poisoned(rng):
         x = batch(rng)[0]

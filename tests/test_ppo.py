@@ -216,6 +216,21 @@ def test_invalid_steps_change_nothing():
     assert torch.equal(after(False), after(True))
 
 
+def test_invalid_steps_weigh_as_much_as_steps_left_out():
+    "With shapes that stay, as a recorded graph needs them, an update is the one that leaves the invalid rows out."
+    def after(keep):
+        policy = small()
+        r = live(corridors(), policy, 40)
+        assert 0 < int((~r.valid).sum())
+        r.rewards[~r.valid], r.log_probs[~r.valid] = 1e6, 7.
+        valid = r.valid.flatten()
+        order = torch.arange(int(valid.sum()) if keep else len(valid)).expand(3, -1)
+        said = PPO(policy, PPOConfig(minibatches=1)).learn_from(r, order, valid if keep else None, 1)
+        return torch.cat([p.detach().flatten() for p in policy.parameters()]), {k: float(v) for k, v in said.items()}
+    (one, told), (two, also) = after(True), after(False)
+    assert torch.allclose(one, two, atol=1e-5) and told == pytest.approx(also, rel=1e-3, abs=1e-5)
+
+
 def test_same_seed_same_update():
     def after(seed):
         policy = small()

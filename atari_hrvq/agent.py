@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
-from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json, repo_path,
-                             require, rng_for, save_checkpoint, seed_all, set_rate, write_json)
+from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive, drop_checkpoint, file_hash, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json,
+                             repo_path, require, rng_for, save_checkpoint, seed_all, set_rate, write_json)
 from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
-from .frames import Episodes, action_mask, load_episodes, load_stored, make_env, regenerate, store_episodes
+from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
 from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, rollout, score_of_play
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
-__all__ = ['Agent', 'Games', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn',
-           'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play', 'packed_replay', 'shipped_part',
-           'shipped_replay', 'remembered']
+__all__ = ['LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames',
+           'head', 'fresh_agent', 'learn', 'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play',
+           'packed_replay', 'shipped_part', 'shipped_replay', 'remembered', 'random_play', 'train_agent']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -248,34 +248,35 @@ def fresh_agent(stage, replay, c, context=8):
 def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     """The loop: study, dream, play, remember; `replay` {game: list of Episodes} grows in place. Returns the history of rounds and the curve of the dreams.
 
-    After each round the whole state is a checkpoint and the new episodes are stored as seeds and actions. `agent.real_steps` counts on;
+    After each round the whole state is a checkpoint, from which a second call goes on, and the new episodes are stored as seeds and actions. `agent.real_steps` counts on;
     `known` steps a game of `replay` are in it already. In the last round the learning rate of PPO falls to zero."""
-    history, curves, games = [], [], agent.games
+    games, path = agent.games, lambda r: stage.checkpoint(f'round-{r}')
+    marks = [fingerprint('loop', {**asdict(c), 'last': c.last if r == c.rounds else 1}, stage.config) for r in range(c.rounds + 1)]      # the rounds before the last do not depend on `last`
+    saved = next(filter(None, (load_checkpoint(path(r), marks[r]) for r in reversed(range(c.rounds + 1)))), {'history': [], 'curves': []})
+    history, curves = saved['history'], saved['curves']
+    if history:
+        agent.tokenizer.load_state_dict(saved['tokenizer']); agent.world.load_state_dict(saved['world']); agent.world.config.tokenizer = agent.tokenizer.hash()
+        ppo.load_state(saved['ppo'])
     agent.policy.config.mix = c.mix
     steps, before = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known
-    for r in range(c.rounds + 1):
-        path, last = stage.checkpoint(f'round-{r}'), r == c.rounds
-        mark = fingerprint('loop', {**asdict(c), 'last': c.last if last else 1}, stage.config)      # the rounds before it do not depend on `last`
-        if last: c = replace(c, **{k: c.last * getattr(c, k) for k in ('tokenizer_steps', 'world_steps', 'iterations')})
-        if saved := load_checkpoint(path, mark):
-            agent.tokenizer.load_state_dict(saved['tokenizer']); agent.world.load_state_dict(saved['world']); agent.world.config.tokenizer = agent.tokenizer.hash()
-            ppo.load_state(saved['ppo']); history, curves = saved['history'], saved['curves']
-            episodes = {} if last else {g: load_stored(stage, f'{name}-replay-{g}-{r}') for g in replay}
-        else:
-            fed = steps() > known
-            data, recent = study(stage, agent, replay, c, r, c.last if last else 1)
-            curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), c.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), falling=last, foresight=c.foresight, desc=f'round {r}: dreaming')
-            curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
-            tail = curve[-max(1, len(curve) // 5):]
-            row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
-            episodes = {} if last else play(agent, list(replay), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')
-            for g, e in episodes.items():
-                store_episodes(stage, f'{name}-replay-{g}-{r}', e)
-                row[f'real_reward_{g}'], row[f'score_{g}'] = float(np.sign(e.rewards).mean()), score_of_play(e)
-                row.update({f'{k}_{g}': v for k, v in known_before(agent, e, c.window, stage.seed).items()})
-            history.append(row); tell(row)
-            save_checkpoint(path, mark, {'tokenizer': agent.tokenizer.state_dict(), 'world': agent.world.state_dict(), 'ppo': ppo.state(), 'history': history, 'curves': curves})
-        for g, e in episodes.items(): replay[g].append(e)
+    for r in range(min(len(history), c.rounds)):
+        for g in replay: replay[g].append(load_stored(stage, f'{name}-replay-{g}-{r}'))
+    for r in range(len(history), c.rounds + 1):
+        last, fed = r == c.rounds, steps() > known
+        now = replace(c, **{k: c.last * getattr(c, k) for k in ('tokenizer_steps', 'world_steps', 'iterations')}) if last else c
+        data, recent = study(stage, agent, replay, now, r, c.last if last else 1)
+        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), falling=last, foresight=c.foresight, desc=f'round {r}: dreaming')
+        curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
+        tail = curve[-max(1, len(curve) // 5):]
+        row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
+        for g, e in ({} if last else play(agent, list(replay), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')).items():
+            store_episodes(stage, f'{name}-replay-{g}-{r}', e)
+            row[f'real_reward_{g}'], row[f'score_{g}'] = float(np.sign(e.rewards).mean()), score_of_play(e)
+            row.update({f'{k}_{g}': v for k, v in known_before(agent, e, c.window, stage.seed).items()})
+            replay[g].append(e)
+        history.append(row); tell(row)
+        save_checkpoint(path(r), marks[r], {'tokenizer': agent.tokenizer.state_dict(), 'world': agent.world.state_dict(), 'ppo': ppo.state(learning=not last), 'history': history, 'curves': curves})
+        for k in (f'tokenizer-{r}', f'world-{r}', f'dream-{r}', f'round-{r - 2}'): drop_checkpoint(stage.checkpoint(k))      # all is in this one; the round before it stays, for another `last`
     agent.real_steps = history[-1]['real_steps']
     return history, curves
 
@@ -357,3 +358,38 @@ def remembered(stage, newest=None):
         replay[g] = [load_stored(stage, name) for name in names.values()]
     return replay
 
+
+# %% ../nbs/10_agent.ipynb #run
+LOOPS = {'smoke': LoopConfig(1, 60, 2, 4, 2, tokenizer_steps=2, frames=12, dreams=12, horizon=5, batch=6, window=8),
+         'laptop': LoopConfig(1, 1500, 3, 50, 12, tokenizer_steps=30),
+         'overnight': LoopConfig(8, 10_000, 5, 500, 120, first=20_000, begin_tokenizer=2_000, begin_world=800, tokenizer_steps=200),
+         'gpu': LoopConfig(9, 10_000, 20, 1_200, 240, first=10_000, begin_tokenizer=1_500, begin_world=1_500, tokenizer_steps=200, frames=384, dreams=1020, batch=96, window=24, grid=7, contrast=0, hidden=512, last=2)}
+CONTEXT = {'smoke': 4, 'laptop': 8, 'overnight': 8, 'gpu': 8}        # frames that a dream and an agent start from
+NEWEST = {'smoke': 0, 'laptop': 10_000}                              # of the shipped replay what a short run has time to look at, steps a game
+
+def random_play(stage, game, first=0):
+    "The first `first` steps of chapter 1's random play (0: all of it); where that chapter has not run, so many are played."
+    if first and f'frames-{game}-train.safetensors' not in stage.index(): collect_split(stage, game, 'train', first)
+    return head(load_episodes(stage, game, 'train'), first)
+
+def train_agent(stage, **changes):
+    """The run of this chapter as `stage` says; `changes` of the profile's `LoopConfig` come last. Returns `(agent, replay, history, curves, loop)` and saves the agent, its scores over real steps and the metrics.
+
+    Called again on the same run it goes on from its last checkpoint. `learn` has the details, `going_on` and `dreaming_on` what `start='pretrained'` and `'replay'` change."""
+    torch.manual_seed(stage.seed)
+    loop, known, agent = LOOPS[stage.profile], 0, stage.shipped('agent', Agent)
+    if agent:
+        replay = remembered(stage, None if stage.start == 'replay' else NEWEST.get(stage.profile))
+        known = sum(map(len, replay[stage.games[0]]))
+        loop = replace(dreaming_on(loop, known == agent.real_steps) if stage.start == 'replay' else going_on(loop), **changes)
+        for g, e in first_play(stage, agent, loop).items() if loop.rounds else (): replay[g].append(e)
+    else:
+        loop = replace(loop, **changes)
+        replay = {g: [random_play(stage, g, loop.first)] for g in stage.games}
+        agent = fresh_agent(stage, replay, loop, CONTEXT[stage.profile]) if loop.first else Agent.fresh(stage.load('tokenizer', Tokenizer), stage.load('world', WorldModel), context=CONTEXT[stage.profile])
+    history, curves = learn(stage, agent, PPO(agent.policy, PPOConfig(lr=5e-4)), replay, loop, known=known)
+    origin = repo_path('pretrained') / SHIPPED['agent'] / 'manifest.json'
+    stage.save('agent', agent); stage.curve('rounds', history); stage.curve('dream', curves)
+    stage.curve('recipe', [{**asdict(loop), 'went on from': file_hash(origin) if known and origin.exists() else ''}])
+    stage.save('agent-curve', {**{k: np.array([np.nan if h.get(k) is None else h[k] for h in history], np.float64) for k in ('real_steps', *(f'score_{g}' for g in stage.games))}, 'device': torch.cuda.get_device_name() if stage.device.type == 'cuda' else 'CPU'})
+    return agent, replay, history, curves, loop

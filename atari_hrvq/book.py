@@ -4,7 +4,7 @@
 
 # %% ../nbs/91_book.ipynb #imports
 from __future__ import annotations
-import ast, contextlib, fcntl, functools, hashlib, json, os, platform, shutil, sys, threading, time, warnings
+import ast, contextlib, fcntl, functools, hashlib, json, lzma, os, platform, shutil, sys, tarfile, tempfile, threading, time, warnings
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib import metadata
 from importlib.util import find_spec
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 import psutil
 import atari_hrvq
-from .core import (BookError, GAMES, PROFILES, STARTS, choices, cores, file_hash, parse_games, read_json, require, write_json)
+from .core import (BookError, GAMES, PROFILES, STARTS, choices, cores, file_hash, parse_games, read_json, require, write_atomic, write_json)
 
 # %% auto #0
-__all__ = ['STAGES', 'PLACES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports', 'module_closure',
-           'outside', 'stage_key', 'stage_keys', 'upstream', 'clock', 'Running', 'Watch', 'end_processes', 'hardware',
-           'versions', 'made_files', 'check_files', 'default_jobs', 'locked', 'busy', 'StageFailed',
-           'kernel_environment', 'logged_kernel', 'execute', 'run_chain', 'chain_job', 'sweep', 'status_table',
-           'read_claims']
+__all__ = ['STAGES', 'PLACES', 'CARRIED', 'PIECES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports',
+           'module_closure', 'outside', 'stage_key', 'stage_keys', 'upstream', 'clock', 'Running', 'Watch',
+           'end_processes', 'hardware', 'versions', 'made_files', 'check_files', 'default_jobs', 'locked', 'busy',
+           'StageFailed', 'kernel_environment', 'logged_kernel', 'execute', 'run_chain', 'chain_job', 'sweep',
+           'status_table', 'read_claims', 'travels', 'pack_run', 'unpack_run']
 
 # %% ../nbs/91_book.ipynb #stages
 class StageSpec(NamedTuple):
@@ -362,7 +362,7 @@ def _run(root, folder, parameters, stages, a, forced, out, jobs):
                     check_files(folder, s.name, old['files']); left.remove(s.name)
                     print(f'{label[s.name]}  unchanged, skipped', file=out, flush=True)
                     continue
-                if old.get('key') != now or old.get('state') == 'done':
+                if old and (old.get('key') != now or old['state'] == 'done'):                 # what a command left for a chapter that never ran stays
                     for c in (folder / 'checkpoints').glob(f'{s.name}-*'): c.unlink()
                 done[s.name] = {}; note(s.name, key=now, state='running', started=time.strftime('%Y-%m-%dT%H:%M:%S'))
                 environment = kernel_environment(watch.begin(s.name, label[s.name]).report, cores() // jobs if jobs > 1 else None)
@@ -426,3 +426,49 @@ def read_claims(run):
     table = read_json(Path(run) / 'claims.json', [])
     require(table, f'{run} has no claims.json: run chapter 12_claims first (atari-hrvq run --run {run})')
     return table
+
+# %% ../nbs/91_book.ipynb #carry
+CARRIED, PIECES = ('run.json', 'manifest.json', 'metrics.jsonl', 'artifacts', 'checkpoints', 'metrics', 'stages'), 'run.tar.xz'
+
+def travels(run):
+    "The files of a run folder that another machine needs to go on with it; of the rounds of chapter 10 the newest one that is whole, which holds the weights of the agent too."
+    files = [f for name in CARRIED for f in sorted((run / name).rglob('*') if (run / name).is_dir() else [run / name]) if f.is_file()]
+    rounds = {int(f.name.split('-round-')[1].split('.')[0]) for f in files if f.name.startswith('10_agent-round-')}
+    old = lambda f: f.parent.name == 'checkpoints' and f.name.startswith(tuple(f'10_agent-round-{r}.' for r in rounds - {max(rounds)})) or (run / 'artifacts' / 'agent') in f.parents
+    return [f for f in files if not rounds or not old(f)]
+
+def pack_run(run, out, piece=15 * 2**20):
+    """Write what another machine needs to go on with a run into the folder `out`, as files `run.tar.xz.00`, `.01`, ... of at most `piece` bytes; returns their paths.
+
+    Frames stay behind, for seeds and actions are there, and so do executed notebooks and what the newest checkpoint holds too."""
+    run, out = Path(run), Path(out)
+    require((run / 'run.json').exists(), f'{run} is not a run folder: name one that atari-hrvq run or train made')
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(run), tempfile.TemporaryFile(dir=out) as whole:
+        with tarfile.open(fileobj=whole, mode='w:xz', preset=1) as tar:
+            for f in travels(run): tar.add(f, f.relative_to(run))
+        paths = [out / f'{PIECES}.{i:02d}' for i in range(-(-whole.tell() // piece))]
+        whole.seek(0)
+        for old in out.glob(f'{PIECES}.*'): old.unlink()
+        for p in paths: write_atomic(p, whole.read(piece))
+    return paths
+
+def unpack_run(folder, run):
+    "Make the run folder `run` of the pieces that `pack_run` wrote into `folder`; files of a run that is there already are replaced. A piece that is missing or damaged is an error, and then nothing changes."
+    folder, run = Path(folder), Path(run)
+    pieces = sorted(folder.glob(f'{PIECES}.*'))
+    require(pieces and [p.suffix[1:] for p in pieces] == [f'{i:02d}' for i in range(len(pieces))], f'{folder} does not hold all pieces of a run: expected {PIECES}.00, {PIECES}.01 and so on, as atari-hrvq pack wrote them, found {", ".join(p.name for p in pieces) or "none"}')
+    run.mkdir(parents=True, exist_ok=True)
+    with locked(run), tempfile.TemporaryFile(dir=run) as whole, tempfile.TemporaryDirectory(dir=run, prefix='.unpack-') as new:
+        for p in pieces:
+            with open(p, 'rb') as f: shutil.copyfileobj(f, whole)
+        whole.seek(0)
+        try:
+            with tarfile.open(fileobj=whole, mode='r:xz') as tar: tar.extractall(new, filter='data')
+        except (tarfile.TarError, lzma.LZMAError, EOFError) as e: raise BookError(f'the pieces in {folder} are damaged or not all there ({e}): pack the run again') from None
+        made = read_json(Path(new) / 'run.json', {})
+        require((run / 'run.json').exists() is False or read_json(run / 'run.json') == made, f'{run} is another run than the one in {folder}: choose another folder')
+        for f in sorted(p for p in Path(new).rglob('*') if p.is_file()):
+            (run / f.relative_to(new)).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(f, run / f.relative_to(new))
+    return run

@@ -7,14 +7,15 @@ from __future__ import annotations
 import argparse, json, os, signal, sys, tempfile, threading
 from importlib import metadata
 from pathlib import Path
-from .book import PLACES, STAGES, StageFailed, find_stage, hardware, read_claims, run_chain, status_table, sweep, versions
-from .core import BookError, GAMES, PROFILES, Table, choices, read_json, require, write_json
+from .book import PLACES, STAGES, StageFailed, find_stage, hardware, locked, pack_run, read_claims, run_chain, status_table, sweep, unpack_run, versions
+from .core import BookError, GAMES, PROFILES, Stage, Table, choices, read_json, repo_path, require, write_json
 from .publish import publish, results_table, ship, store_outputs, write_between
 
 # %% auto #0
-__all__ = ['BENCHES', 'Parser', 'parser', 'command_run', 'whole_numbers', 'pairs', 'command_status', 'command_claims',
-           'can_be_written', 'command_bench', 'command_outputs', 'command_publish', 'command_ship', 'command_verify',
-           'command_evaluate', 'command_play', 'main']
+__all__ = ['BENCHES', 'Parser', 'parser', 'command_run', 'whole_numbers', 'pairs', 'loop_changes', 'command_train',
+           'command_pack', 'command_unpack', 'command_status', 'command_claims', 'can_be_written', 'command_bench',
+           'command_outputs', 'command_publish', 'command_ship', 'command_verify', 'command_evaluate', 'command_play',
+           'main']
 
 # %% ../nbs/93_cli.ipynb #parser
 BENCHES = ('frames', 'encoder', 'quantizer', 'dream', 'agent')
@@ -39,6 +40,12 @@ def parser():
     r.add_argument('--jobs', type=int, metavar='N', help='chapters at a time (default: 2 where there are two cores, memory for both and no GPU, else 1)')
     r.add_argument('--from', dest='first', metavar='CH', help='run from this chapter on, finished or not (04, hrvq or 04_hrvq)')
     r.add_argument('--to', dest='last', metavar='CH', help='stop after this chapter')
+    t = sub.add_parser('train', help='train the agent without a notebook', description='Run the loop of chapter 10 without a kernel, from the first random step on, one line a round. The same command goes on where it was stopped; so does the chapter itself (atari-hrvq run), if it is given the same profile and no --set.')
+    t.add_argument('--run', default='runs/agent', help='the run folder (default: %(default)s)'); t.add_argument('--profile', default='overnight', help=f'budget: {", ".join(PROFILES)} (default: %(default)s)')
+    t.add_argument('--games', default=','.join(GAMES), help='comma-separated (default: %(default)s)'); t.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    t.add_argument('--start', default='scratch', help='as for run (default: %(default)s)'); t.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='a field of LoopConfig, such as rounds=3 (repeat it)')
+    k = sub.add_parser('pack', help='cut a run into small files that can travel', description='Write a run without its frames, which regenerate, as files of at most 15 MiB.'); k.add_argument('run', help='the run folder'); k.add_argument('--to', required=True, metavar='FOLDER', help='where to write them')
+    u = sub.add_parser('unpack', help='make a run of such files'); u.add_argument('folder', help='where they are'); u.add_argument('--run', required=True, help='the run folder to make')
     s = sub.add_parser('status', help='what a run has done'); s.add_argument('run', help='the run folder')
     c = sub.add_parser('claims', help='the ledger of a run'); c.add_argument('run', nargs='+', help='the run folder, or several that differ in the seed'); c.add_argument('--json', action='store_true', help='as JSON')
     c.add_argument('--markdown', action='store_true', help='as a Markdown table'); c.add_argument('--into', metavar='FILE', help='write the Markdown table between the claims markers of this file')
@@ -79,6 +86,32 @@ def pairs(texts):
     "['gpus_per_node=1', 'partition=gpu'] as a dict; whole numbers become numbers."
     for t in texts: require('=' in t, f'--slurm {t!r} is not KEY=VALUE: expected something like partition=gpu')
     return {k: int(v) if v.isdecimal() else v for k, v in (t.split('=', 1) for t in texts)}
+
+def loop_changes(texts):
+    "['rounds=3', 'foresight=no'] as fields of `LoopConfig`, each of its own type."
+    from dataclasses import fields
+    from atari_hrvq.agent import LoopConfig
+    kinds, words, out = {f.name: f.type for f in fields(LoopConfig)}, {'yes': True, 'true': True, '1': True, 'no': False, 'false': False, '0': False}, {}
+    for t in texts:
+        key, _, value = t.partition('=')
+        choices('field of LoopConfig', key, kinds)
+        try: out[key] = words[value.lower()] if kinds[key] == 'bool' else {'int': int, 'float': float}[kinds[key]](value.replace('_', ''))
+        except (ValueError, KeyError): raise BookError(f'--set {t}: {key} is {"yes or no" if kinds[key] == "bool" else "a whole number" if kinds[key] == "int" else "a number"}, not {value!r}') from None
+    return out
+
+def command_train(a):
+    changes = loop_changes(a.set)
+    from atari_hrvq.agent import train_agent
+    stage = Stage('10_agent', a.run, a.profile, a.games, a.seed, a.start)
+    with locked(stage.folder): history = train_agent(stage, **changes)[2]
+    print(Table([{'round': h['round'], 'agent steps a game': h['real_steps'], **{f'{k}, {g}': h.get(f'{key}_{g}') for g in stage.games for k, key in (('dreamt reward', 'dream_reward'), ('score', 'score'))}} for h in history], digits=3))
+    print(f'agent: {stage.path("agent")}')
+
+def command_pack(a):
+    paths = pack_run(a.run, a.to)
+    print(f'{len(paths)} files, {sum(p.stat().st_size for p in paths) / 2**20:.1f} MiB: {", ".join(map(str, paths))}')
+
+def command_unpack(a): print(f'run: {unpack_run(a.folder, a.run)}')
 
 def command_status(a): print(status_table(a.run))
 

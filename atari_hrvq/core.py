@@ -20,8 +20,8 @@ __all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'BookE
            'count_parameters', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic',
            'write_json', 'save_tree', 'load_arrays', 'load_tree', 'file_hash', 'put_in_place', 'Pretrained',
            'load_weights', 'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw', 'settings', 'fit',
-           'fingerprint', 'save_checkpoint', 'load_checkpoint', 'plot_history', 'repo_path', 'injected_parameters',
-           'Stage', 'read_json', 'read_metrics', 'clean_number', 'Table', 'bootstrap_mean']
+           'fingerprint', 'save_checkpoint', 'drop_checkpoint', 'load_checkpoint', 'plot_history', 'repo_path',
+           'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number', 'Table', 'bootstrap_mean']
 
 # %% ../nbs/00_core.ipynb #errors
 class BookError(Exception):
@@ -406,11 +406,11 @@ def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', call
 
 # %% ../nbs/00_core.ipynb #checkpoint
 def fingerprint(*what, modules=None):
-    "A hash of `what` (JSON) and of the sources of every module of this package that is loaded, or of those named."
+    "A hash of `what` (JSON) and of the sources of every module of this package that is loaded, or of those named; what no training depends on is left out, so that a notebook and a command go on from each other's checkpoints."
     h = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
     for name in sorted(n for n in sys.modules if n.startswith(__package__ or 'atari_hrvq')):
         path = getattr(sys.modules[name], '__file__', None)
-        if path and (name.split('.')[-1] in modules if modules else name.split('.')[-1] not in ('book', 'explore', 'claims')): h.update(Path(path).read_bytes())
+        if path and (name.split('.')[-1] in modules if modules else name.split('.')[-1] not in ('book', 'explore', 'claims', 'bench', 'cli', 'evaluate', 'pretrained', 'publish')): h.update(Path(path).read_bytes())
     return h.hexdigest()
 
 def save_checkpoint(path, mark, tree, limit=15 * 2**20):
@@ -428,6 +428,11 @@ def save_checkpoint(path, mark, tree, limit=15 * 2**20):
     write_atomic(path, st.save(groups[0], {'tree': json.dumps(skeleton), 'pieces': json.dumps(pieces)}))
     for p in path.parent.glob(f'{path.stem}.*.safetensors'):
         if p.name not in pieces: p.unlink()
+
+def drop_checkpoint(path):
+    "Delete the checkpoint at `path`, if it is there, and its pieces."
+    path = Path(path)
+    for p in (path, *path.parent.glob(f'{path.stem}.*.safetensors')): p.unlink(missing_ok=True)
 
 def load_checkpoint(path, mark=None):
     "The checkpoint at `path` if it exists and carries `mark` (whatever it carries, if None is asked for), else None; a damaged file is named."

@@ -19,7 +19,8 @@ from .core import BookError, GAMES, Stage, choices, derive, progress, require, r
 __all__ = ['PROTOCOLS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'SCREEN', 'KINDS', 'ARRAYS', 'SPLITS', 'Protocol', 'rom_id',
            'legal_actions', 'action_mask', 'LegalActions', 'GameInfo', 'make_env', 'make_vec_env', 'state_labels',
            'screen_positions', 'episode_windows', 'Episodes', 'join_episodes', 'RandomPolicy', 'ReadingPolicy',
-           'collect', 'ReplayPolicy', 'regenerate', 'frame_cache', 'store_episodes', 'load_stored', 'load_episodes']
+           'collect', 'ReplayPolicy', 'regenerate', 'frame_cache', 'store_episodes', 'load_stored', 'collect_split',
+           'load_episodes']
 
 # %% ../nbs/01_frames.ipynb #protocol
 @dataclass(frozen=True)
@@ -375,6 +376,11 @@ def _cache_path(stage, name): return stage.folder / 'cache' / f'{name}.npy'
 
 SPLITS = ('train', 'test', 'reading')
 
+def collect_split(stage, game, split, steps):
+    "Play `steps` agent steps of a `split` of a game, over all cores, and store them; a run that plays more of it begins with the same ones."
+    name, policy = f'frames-{game}-{split}', ReadingPolicy(game) if split == 'reading' else RandomPolicy(game)
+    return store_episodes(stage, name, collect(game, policy, steps, derive(stage.seed, split), workers=0, frames=frame_cache(stage, name, steps), desc=f'{game} {split}'))
+
 def load_episodes(stage, game, split='train', steps=2_000):
     """Chapter 01's `Episodes` of a game. `split`: `train`, `test` (other seeds, never trained on) or `reading` (a policy never trained on).
     A game that the run does not have (any ROM of ale-py by name) is played on the first call: `steps` agent steps of held random play."""
@@ -382,5 +388,5 @@ def load_episodes(stage, game, split='train', steps=2_000):
     name = f'frames-{game}-{split}'
     if game not in stage.games and f'{name}.safetensors' not in stage.index():
         rom_id(game)
-        store_episodes(stage, name, collect(game, ReadingPolicy(game) if split == 'reading' else RandomPolicy(game), steps, derive(stage.seed, split)))
+        collect_split(stage, game, split, steps)
     return load_stored(stage, name)

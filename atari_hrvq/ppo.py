@@ -191,8 +191,10 @@ class PPO:
         self.opt = torch.optim.Adam(policy.parameters(), self.config.lr, eps=1e-5, capturable=next(policy.parameters()).is_cuda)
         set_rate(self.opt, self.config.lr)
 
-    def state(self): return {'policy': self.policy.state_dict(), 'opt': self.opt.state_dict(), 'range': dict(self.range)}
-    def load_state(self, state): self.policy.load_state_dict(state['policy']); self.opt.load_state_dict(state['opt']); self.range = dict(state['range']); set_rate(self.opt, float(self.opt.param_groups[0]['lr']))
+    def state(self, learning=True): return {'policy': self.policy.state_dict(), 'range': dict(self.range), **({'opt': self.opt.state_dict()} if learning else {})}      # `learning`: with what it takes to learn on
+    def load_state(self, state):
+        self.policy.load_state_dict(state['policy']); self.range = dict(state['range'])
+        if 'opt' in state: self.opt.load_state_dict(state['opt']); set_rate(self.opt, float(self.opt.param_groups[0]['lr']))
 
     def ranged(self, a_N, target_N, game_N, decay=.99):
         "float [N]: advantages over the distance from the 5th to the 95th percentile of their game's returns, averaged over the updates and at least 1 (Hafner et al., 2023, equation 12)."

@@ -1,11 +1,13 @@
 """agent: a small loop is the same twice and the same when interrupted; what it remembers can be played again."""
 import copy
+import subprocess
+import sys
 from dataclasses import replace
 import numpy as np
 import pytest
 import torch
 from atari_hrvq import agent as module, world as world_module
-from atari_hrvq.agent import Agent, Games, LoopConfig, dreaming_on, first_play, fresh_agent, going_on, head, learn, play, remembered, replay_frames
+from atari_hrvq.agent import LOOPS, Agent, Games, LoopConfig, dreaming_on, first_play, fresh_agent, going_on, head, learn, play, remembered, replay_frames, train_agent
 from atari_hrvq.core import BookError, Stage, load_checkpoint, save_tree
 from atari_hrvq.frames import LEGAL, RandomPolicy, collect, load_stored, store_episodes
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
@@ -156,9 +158,40 @@ def test_dreaming_on_costs_no_real_step(parts, shipped, monkeypatch, whole):
     assert any(not torch.equal(v, old[k]) for k, v in agent.policy.state_dict().items()) and all(torch.equal(v, model[k]) for k, v in agent.world.state_dict().items()) != whole
 
 
-def test_in_the_last_round_the_learning_rate_falls_to_zero(whole):
-    rate = lambda r: load_checkpoint(whole[4].checkpoint(f'round-{r}'))['ppo']['opt']['param_groups'][0]['lr']
-    assert rate(0) == 5e-4 and rate(1) == 5e-4 / LOOP.iterations                                     # of the last iteration: one step above zero
+def test_in_the_last_round_the_learning_rate_falls_to_zero(parts, whole, tmp_path):
+    assert load_checkpoint(whole[4].checkpoint('round-0'))['ppo']['opt']['param_groups'][0]['lr'] == 5e-4
+    agent, ppo, replay = fresh(parts)
+    learn(Stage('10_agent', tmp_path, 'smoke', GAMES, 0), agent, ppo, replay, LOOP)
+    assert float(ppo.opt.param_groups[0]['lr']) == 5e-4 / LOOP.iterations                            # of the last iteration: one step above zero
+    assert 'opt' not in load_checkpoint(whole[4].checkpoint('round-1'))['ppo']                       # nothing learns on from there
+
+
+def test_a_round_that_is_over_leaves_its_checkpoint_and_the_one_before(parts, whole, tmp_path):
+    *_, stage, _ = loop(parts, tmp_path, replace(LOOP, rounds=2))
+    names = {f.name.split('.')[0] for f in (stage.folder / 'checkpoints').glob('*.safetensors')}
+    assert names == {'10_agent-round-1', '10_agent-round-2'}
+    again = loop(parts, tmp_path, replace(LOOP, rounds=2))
+    assert [h['round'] for h in again[0]] == [0, 1, 2] and all(len(a) == 90 + 2 * 24 for a in again[3].values())
+
+
+def test_the_whole_chapter_is_one_call_and_needs_no_other(tmp_path, monkeypatch):
+    "From the first random step to the last dream; a second call goes on where the first one ended, whoever calls."
+    stage = lambda: Stage('10_agent', tmp_path / 'run', 'smoke', GAMES, 0)
+    small = dict(first=60, begin_tokenizer=9, frames=30, begin_world=2, world_steps=2)
+    agent, replay, history, _, c = train_agent(stage(), **small)
+    assert c == replace(LOOPS['smoke'], **small) and [len(e) for e in replay['pong']] == [60, 60] and agent.real_steps == 120 and agent.context == 4
+    assert Agent.from_pretrained(stage().path('agent')).real_steps == 120
+    whole = collect('pong', RandomPolicy('pong'), 90, module.derive(0, 'train'))
+    assert np.array_equal(replay['pong'][0].frames, whole.frames[:60])                                # the beginning of what chapter 1 plays
+    for name in ('play', 'improve', 'study', 'collect_split'): monkeypatch.setattr(module, name, lambda *a, name=name, **k: pytest.fail(f'{name} again'))
+    again = train_agent(stage(), **small)
+    assert again[2] == history and all(torch.equal(v, again[0].policy.state_dict()[k]) for k, v in agent.policy.state_dict().items())
+
+
+def test_a_command_and_a_notebook_go_on_from_each_other(tmp_path):
+    "The mark of a checkpoint does not ask for modules that only the one of them has loaded."
+    say = lambda *names: subprocess.run([sys.executable, '-c', f'import {", ".join(f"atari_hrvq.{n}" for n in names)}\nfrom atari_hrvq.core import fingerprint\nprint(fingerprint("x"))'], capture_output=True, text=True, check=True).stdout
+    assert say('agent') == say('agent', 'cli', 'pretrained', 'evaluate') != say('core')
 
 
 def test_checkpoints_are_small_and_without_pickle(whole):

@@ -57,6 +57,11 @@ def wait_for(condition, seconds=90):
     (['run', '--profile', 'smoke', '--seed', 'x'], 'invalid int value'),
     (['run', '--profile', 'smoke', '--seed', '-1'], 'is not a whole number from 0 on'),
     (['run', '--jobs', '0'], '0 chapters at a time is no number from 1 on'),
+    (['train', '--set', 'color=red'], "unknown field of LoopConfig 'color': expected one of rounds, real_steps, "),
+    (['train', '--set', 'rounds=few'], "--set rounds=few: rounds is a whole number, not 'few'"),
+    (['train', '--set', 'foresight'], "--set foresight: foresight is yes or no, not ''"),
+    (['train', '--set', 'mix=a'], "--set mix=a: mix is a number, not 'a'"),
+    (['pack', 'nowhere', '--to', 'x'], 'nowhere is not a run folder: name one that atari-hrvq run or train made'),
     (['run', '--colour', 'red'], 'unrecognized arguments: --colour red'),
     (['bench', 'luck'], "unknown benchmark 'luck': expected one of frames, encoder, quantizer, dream"),
     (['run', '--start', 'warm'], "unknown start 'warm': expected one of scratch, pretrained, replay"),
@@ -130,7 +135,7 @@ def test_disk_full_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
     assert (tmp_path / 'manifest.json').read_bytes() == before and not list(tmp_path.rglob('*.tmp'))
 
 
-@pytest.mark.parametrize('command', [[], ['run'], ['status'], ['claims'], ['bench'], ['outputs'], ['ship'], ['verify'], ['evaluate'], ['play'], ['publish']])
+@pytest.mark.parametrize('command', [[], ['run'], ['train'], ['pack'], ['unpack'], ['status'], ['claims'], ['bench'], ['outputs'], ['ship'], ['verify'], ['evaluate'], ['play'], ['publish']])
 def test_help_everywhere(command, capsys):
     with pytest.raises(SystemExit) as e: cli.main([*command, '--help'])
     assert e.value.code == 0 and 'usage: atari-hrvq' in capsys.readouterr().out
@@ -174,6 +179,55 @@ def test_a_checkpoint_stays_for_the_same_code_only(tmp_path):
     for more in ('', '# changed'):
         with pytest.raises(book.StageFailed, match='no checkpoint'): call(more)
     assert call('# changed')['stages']['01_frames']['state'] == 'done'
+    (tmp_path / 'new' / 'checkpoints').mkdir(parents=True); (tmp_path / 'new' / 'checkpoints' / '01_frames-x.safetensors').touch()       # of a command, before the chapter ran for the first time
+    assert book.run_chain(tmp_path / 'new', 'smoke', ['pong'], last='01', root=tmp_path / 'book')['stages']['01_frames']['state'] == 'done'
+
+
+@pytest.fixture
+def packed(tmp_path):
+    "A run of 40 kB with two rounds' checkpoints, in pieces of 10 kB: `(run, folder of the pieces)`."
+    run = tmp_path / 'run'
+    write_json(run / 'run.json', {'profile': 'smoke', 'games': ['pong'], 'seed': 0, 'start': 'scratch'})
+    for name in ('artifacts/agent/x', 'artifacts/a', 'cache/frames.npy', 'notebooks/n', 'checkpoints/10_agent-round-0.safetensors', 'checkpoints/10_agent-round-10.ab.safetensors', 'checkpoints/10_agent-round-10.safetensors'):
+        (run / name).parent.mkdir(parents=True, exist_ok=True); (run / name).write_bytes(os.urandom(10_000))
+    book.pack_run(run, tmp_path / 'out', piece=10_000)
+    return run, tmp_path / 'out'
+
+
+def test_a_run_travels_in_small_pieces(packed, tmp_path, capsys):
+    run, out = packed
+    assert len(list(out.iterdir())) == 4 and max(p.stat().st_size for p in out.iterdir()) == 10_000
+    assert cli.main(['unpack', str(out), '--run', str(tmp_path / 'there')]) == 0 and str(tmp_path / 'there') in capsys.readouterr().out
+    made = {str(p.relative_to(tmp_path / 'there')): p.read_bytes() for p in (tmp_path / 'there').rglob('*') if p.is_file() and p.name != '.lock'}
+    assert set(made) == {'run.json', 'artifacts/a', 'checkpoints/10_agent-round-10.ab.safetensors', 'checkpoints/10_agent-round-10.safetensors'}       # nothing that regenerates, and of the rounds the newest
+    assert all((run / name).read_bytes() == data for name, data in made.items())
+    assert cli.main(['pack', str(tmp_path / 'there'), '--to', str(out)]) == 0 and re.search(r'\d files, 0\.0 MiB: ', capsys.readouterr().out)
+    assert len(list(out.glob('run.tar.xz.*'))) == len(list(out.iterdir()))
+
+
+@pytest.mark.parametrize('harm, expected', [
+    (lambda p: p[1].unlink(), 'does not hold all pieces of a run: expected run.tar.xz.00, run.tar.xz.01 and so on'),
+    (lambda p: p[-1].unlink(), 'damaged or not all there .*: pack the run again'),
+    (lambda p: p[1].write_bytes(bytes(10_000)), 'damaged or not all there .*: pack the run again'),
+    (lambda p: [x.unlink() for x in p], 'found none')], ids=['a hole', 'the end is missing', 'overwritten', 'nothing'])
+def test_pieces_that_do_not_make_a_run_change_nothing(packed, tmp_path, capsys, harm, expected):
+    harm(sorted(packed[1].iterdir()))
+    sentence(capsys, ['unpack', packed[1], '--run', tmp_path / 'there'], expected)
+    assert not [p for p in (tmp_path / 'there').rglob('*') if p.name != '.lock']
+
+
+def test_another_run_is_not_overwritten(packed, tmp_path, capsys):
+    write_json(tmp_path / 'there' / 'run.json', {'seed': 1})
+    sentence(capsys, ['unpack', packed[1], '--run', tmp_path / 'there'], 'is another run than the one in .*: choose another folder')
+    assert json.loads((tmp_path / 'there' / 'run.json').read_text()) == {'seed': 1}
+
+
+def test_train_runs_the_loop_and_says_how_it_went(tmp_path, capsys):
+    call = ['train', '--run', str(tmp_path / 'r'), '--profile', 'smoke', '--games', 'pong', *(x for s in ('first=60', 'begin_tokenizer=9', 'frames=30', 'foresight=no', 'begin_lr=1e-3', 'rounds=0', 'begin_world=2') for x in ('--set', s))]
+    assert cli.main(call) == 0
+    said = capsys.readouterr().out
+    assert re.search(r'round +agent steps a game +dreamt reward, pong', said) and re.search(r'^0 +60 ', said, re.M) and str(tmp_path / 'r' / 'artifacts' / 'agent') in said
+    assert load_checkpoint(next((tmp_path / 'r' / 'checkpoints').glob('10_agent-round-0.safetensors')))['history'][0]['real_steps'] == 60
 
 
 def test_what_a_killed_chain_left_is_cleaned_up(tmp_path):

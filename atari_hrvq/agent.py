@@ -207,6 +207,7 @@ class LoopConfig:
     foresight: bool = True    # the dreams pay for a step the mean of what all states said of it
     grid: int = 3             # cells a side of fresh models' frames
     contrast: int = 10        # steps of contrastive prediction of a fresh world model; 0 for none
+    corrupt: float = 0.       # up to which share of a context's tokens the world model learns with others in their place
     hidden: int = 256         # width of a fresh policy
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
 
@@ -257,7 +258,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     if history:
         agent.tokenizer.load_state_dict(saved['tokenizer']); agent.world.load_state_dict(saved['world']); agent.world.config.tokenizer = agent.tokenizer.hash()
         ppo.load_state(saved['ppo'])
-    agent.policy.config.mix = c.mix
+    agent.policy.config.mix, agent.world.config.corrupt = c.mix, c.corrupt
     steps, before = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known
     for r in range(min(len(history), c.rounds)):
         for g in replay: replay[g].append(load_stored(stage, f'{name}-replay-{g}-{r}'))

@@ -5,8 +5,8 @@
 # %% ../nbs/93_cli.ipynb #imports
 from __future__ import annotations
 import argparse, json, os, signal, sys, tempfile, threading
-from importlib import metadata
 from pathlib import Path
+from . import __version__
 from .book import PLACES, STAGES, StageFailed, find_stage, hardware, locked, pack_run, read_claims, run_chain, status_table, sweep, unpack_run, versions
 from .core import BookError, GAMES, PROFILES, Stage, Table, choices, read_json, repo_path, require, write_json
 from .publish import publish, results_table, ship, store_outputs, write_between
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     p = Parser('atari-hrvq', description='Run, inspect and measure the book.')
-    p.add_argument('--version', action='version', version=metadata.version('atari-hrvq'))
+    p.add_argument('--version', action='version', version=__version__)
     sub = p.add_subparsers(dest='command', required=True)
     r = sub.add_parser('run', help='run the chapters into a folder', description='Run the chapters into a folder; finished ones are skipped, an interrupted one goes on where it was.')
     r.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')

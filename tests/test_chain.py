@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from conftest import BIN, ENV, ROOT
-from atari_hrvq import book, cli, publish
+from atari_hrvq import __version__, book, cli, publish
 from atari_hrvq.claims import CLAIMS, ledger
 from atari_hrvq.core import BookError, load_checkpoint, write_json
 
@@ -107,6 +107,18 @@ def test_the_extra_that_runs_chapters_is_named(missing, tmp_path, capsys, monkey
     monkeypatch.setattr(book, 'find_spec', lambda name: None if name == missing else True)
     sentence(capsys, ['run', '--run', tmp_path / 'r', '--profile', 'smoke'], rf'needs {missing}: install the extra \(pip install "atari-hrvq\[book\]"\)')
     assert not (tmp_path / 'r').exists()
+
+
+def test_train_needs_no_notebook_and_no_installation():
+    "A lent machine has torch and the emulator, and the package lies in a folder."
+    code = f"""import sys
+for name in ('papermill', 'nbclient', 'nbformat', 'nbconvert', 'nbdev', 'IPython', 'ipykernel', 'jupyter_client', 'ipywidgets', 'plotly', 'pandas', 'matplotlib', 'timm', 'vector_quantize_pytorch'): sys.modules[name] = None
+sys.path.insert(0, {str(ROOT)!r})
+from atari_hrvq import agent, cli
+assert cli.main(['train', '--set', 'color=red']) == 2
+cli.main(['--version'])"""
+    done = subprocess.run([BIN / 'python', '-c', code], cwd=ROOT / 'tests', capture_output=True, text=True)
+    assert done.returncode == 0 and "unknown field of LoopConfig 'color'" in done.stderr and done.stdout.strip() == __version__, done.stderr
 
 
 def test_verify_fails_on_weights_that_were_cut(tmp_path, capsys):

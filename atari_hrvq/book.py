@@ -467,7 +467,7 @@ def unpack_run(folder, run):
             with tarfile.open(fileobj=whole, mode='r:xz') as tar: tar.extractall(new, filter='data')
         except (tarfile.TarError, lzma.LZMAError, EOFError) as e: raise BookError(f'the pieces in {folder} are damaged or not all there ({e}): pack the run again') from None
         made = read_json(Path(new) / 'run.json', {})
-        require((run / 'run.json').exists() is False or read_json(run / 'run.json') == made, f'{run} is another run than the one in {folder}: choose another folder')
+        require(not (run / 'run.json').exists() or read_json(run / 'run.json') == made, f'{run} is another run than the one in {folder}: choose another folder')
         for f in sorted(p for p in Path(new).rglob('*') if p.is_file()):
             (run / f.relative_to(new)).parent.mkdir(parents=True, exist_ok=True)
             os.replace(f, run / f.relative_to(new))

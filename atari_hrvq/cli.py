@@ -8,7 +8,7 @@ import argparse, json, os, signal, sys, tempfile, threading
 from pathlib import Path
 from . import __version__
 from .book import PLACES, STAGES, StageFailed, find_stage, hardware, locked, pack_run, read_claims, run_chain, status_table, sweep, unpack_run, versions
-from .core import BookError, GAMES, PROFILES, Stage, Table, choices, read_json, repo_path, require, write_json
+from .core import BookError, GAMES, PROFILES, Stage, Table, choices, read_json, require, write_json
 from .publish import publish, results_table, ship, store_outputs, write_between
 
 # %% auto #0

@@ -365,8 +365,8 @@ LOOPS = {'smoke': LoopConfig(1, 60, 2, 4, 2, tokenizer_steps=2, frames=12, dream
          'laptop': LoopConfig(1, 1500, 3, 50, 12, tokenizer_steps=30),
          'overnight': LoopConfig(8, 10_000, 5, 500, 120, first=20_000, begin_tokenizer=2_000, begin_world=800, tokenizer_steps=200),
          'gpu': LoopConfig(9, 10_000, 20, 1_200, 240, first=10_000, begin_tokenizer=1_500, begin_world=1_500, tokenizer_steps=200, frames=384, dreams=1020, batch=96, window=24, grid=7, contrast=0, hidden=512, last=2)}
-CONTEXT = {'smoke': 4, 'laptop': 8, 'overnight': 8, 'gpu': 8}        # frames that a dream and an agent start from
-NEWEST = {'smoke': 0, 'laptop': 10_000}                              # of the shipped replay what a short run has time to look at, steps a game
+CONTEXT = {'smoke': 4, 'laptop': 8, 'gpu': 8}                        # frames that a dream and an agent start from
+NEWEST = {'smoke': 0, 'laptop': 10_000, 'overnight': None, 'gpu': None}      # of the shipped replay what a short run has time to look at, steps a game; None: all
 
 def random_play(stage, game, first=0):
     "The first `first` steps of chapter 1's random play (0: all of it); where that chapter has not run, so many are played."
@@ -378,16 +378,16 @@ def train_agent(stage, **changes):
 
     Called again on the same run it goes on from its last checkpoint. `learn` has the details, `going_on` and `dreaming_on` what `start='pretrained'` and `'replay'` change."""
     torch.manual_seed(stage.seed)
-    loop, known, agent = LOOPS[stage.profile], 0, stage.shipped('agent', Agent)
+    loop, context, known, agent = stage.pick(**LOOPS), stage.pick(**CONTEXT), 0, stage.shipped('agent', Agent)
     if agent:
-        replay = remembered(stage, None if stage.start == 'replay' else NEWEST.get(stage.profile))
+        replay = remembered(stage, None if stage.start == 'replay' else stage.pick(**NEWEST))
         known = sum(map(len, replay[stage.games[0]]))
         loop = replace(dreaming_on(loop, known == agent.real_steps) if stage.start == 'replay' else going_on(loop), **changes)
         for g, e in first_play(stage, agent, loop).items() if loop.rounds else (): replay[g].append(e)
     else:
         loop = replace(loop, **changes)
         replay = {g: [random_play(stage, g, loop.first)] for g in stage.games}
-        agent = fresh_agent(stage, replay, loop, CONTEXT[stage.profile]) if loop.first else Agent.fresh(stage.load('tokenizer', Tokenizer), stage.load('world', WorldModel), context=CONTEXT[stage.profile])
+        agent = fresh_agent(stage, replay, loop, context) if loop.first else Agent.fresh(stage.load('tokenizer', Tokenizer), stage.load('world', WorldModel), context=context)
     history, curves = learn(stage, agent, PPO(agent.policy, PPOConfig(lr=5e-4)), replay, loop, known=known)
     origin = repo_path('pretrained') / SHIPPED['agent'] / 'manifest.json'
     stage.save('agent', agent); stage.curve('rounds', history); stage.curve('dream', curves)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .agent import Agent
-from .core import FitConfig, GAMES, best_device, count_parameters, load_tree, make_adamw, repo_path, require
+from .core import FitConfig, GAMES, best_device, count_parameters, load_tree, make_adamw, one_thread, repo_path, require
 from .dream import observation_size, observe
 from .encoder import EncoderConfig, EncoderTraining, frame_batches
 from .frames import ACTIONS, RandomPolicy, collect, make_env
@@ -141,9 +141,7 @@ def bench_dream():
             t = median_seconds(lambda: world.step(cache, none), *rounds)
             rows.append(bench_row(f'dream step batch {B}, compiled', 1000 * t, 'ms', t / least))
         if B == 1 and device.type == 'cpu' and threads > 1:
-            torch.set_num_threads(1)                                  # so little work is done sooner by one thread than it is shared
-            t = median_seconds(lambda: world.step(cache, none), *rounds)
-            torch.set_num_threads(threads)
+            with one_thread(): t = median_seconds(lambda: world.step(cache, none), *rounds)      # so little work is done sooner by one thread than it is shared
             rows.append(bench_row(f'dream step batch {B}{", compiled" * world.compiled}, one thread', 1000 * t, 'ms', t / least))
         policy, tokenizer = ActorCritic(ActorCriticConfig(obs_shape=(observation_size(world),))).to(device).eval(), Tokenizer(TokenizerConfig()).to(device).eval()
         act = acting(world, policy, cache, torch.ones(B, ACTIONS, dtype=torch.bool, device=device))
@@ -178,31 +176,29 @@ def dream_rate(agent, start, game, dreams=256, steps=8):
     act = acting(agent.world, agent.policy, agent.world.start(start['codes'][mine][some], start['actions'][mine][some], agent.game), agent.mask)
     return dreams * steps / median_seconds(lambda: [act() for _ in range(steps)], 3, 1)
 
+@one_thread()
 def bench_agent(steps=100, rounds=5, starts=3, root='pretrained'):
     "The agents in `root` on one thread: seconds from a fresh Python to the first dreamt picture, agent steps a second in a real game, and dreamt steps a second beside what the emulator alone does on one core."
     folders = sorted(f.parent.parent for f in repo_path(root).glob('*/policy/config.json'))
     require(folders, f'{root} holds no agent: ship one first (atari-hrvq ship agent --run RUN)')
-    rows, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for folder in folders:
-            t = median_seconds(lambda: subprocess.run([sys.executable, '-c', FIRST_DREAM.format(folder=str(folder))], check=True), starts, 0)
-            rows.append(bench_row(f'{folder.name}: from a fresh Python to a dreamt picture', t, 's'))
-            agent = Agent.from_pretrained(folder)
-            for game in agent.games:
-                env = make_env(game, stack=0)
-                frame, _ = env.reset(seed=0); agent.start(game, 1); state = [frame, True]
-                def play(acts):
-                    for _ in range(steps):
-                        action = int(agent.act(state[0][None, None], np.array([state[1]]))[0]) if acts else 0
-                        frame, _, terminated, truncated, _ = env.step(action)
-                        state[:] = [env.reset()[0], True] if terminated or truncated else [frame, False]
-                alone, played = in_turns({'alone': lambda: play(False), 'agent': lambda: play(True)}, rounds).values()
-                rows.append(bench_row(f'{folder.name}: real {game}, one game, one thread', steps / played, 'agent steps/s', played / alone))
-                env.close()
-                dreamt = dream_rate(agent, load_tree(folder / 'dream.safetensors')['start'], game)
-                rows.append(bench_row(f'{folder.name}: dreaming {game}, 256 dreams, one thread', dreamt, 'dream steps/s', None, 'the real game on one core, nobody thinking', dreamt * alone / steps))
-    finally: torch.set_num_threads(threads)
+    rows = []
+    for folder in folders:
+        t = median_seconds(lambda: subprocess.run([sys.executable, '-c', FIRST_DREAM.format(folder=str(folder))], check=True), starts, 0)
+        rows.append(bench_row(f'{folder.name}: from a fresh Python to a dreamt picture', t, 's'))
+        agent = Agent.from_pretrained(folder)
+        for game in agent.games:
+            env = make_env(game, stack=0)
+            frame, _ = env.reset(seed=0); agent.start(game, 1); state = [frame, True]
+            def play(acts):
+                for _ in range(steps):
+                    action = int(agent.act(state[0][None, None], np.array([state[1]]))[0]) if acts else 0
+                    frame, _, terminated, truncated, _ = env.step(action)
+                    state[:] = [env.reset()[0], True] if terminated or truncated else [frame, False]
+            alone, played = in_turns({'alone': lambda: play(False), 'agent': lambda: play(True)}, rounds).values()
+            rows.append(bench_row(f'{folder.name}: real {game}, one game, one thread', steps / played, 'agent steps/s', played / alone))
+            env.close()
+            dreamt = dream_rate(agent, load_tree(folder / 'dream.safetensors')['start'], game)
+            rows.append(bench_row(f'{folder.name}: dreaming {game}, 256 dreams, one thread', dreamt, 'dream steps/s', None, 'the real game on one core, nobody thinking', dreamt * alone / steps))
     return rows
 
 BENCHES = {'frames': bench_frames, 'encoder': bench_encoder, 'quantizer': bench_quantizer, 'dream': bench_dream, 'agent': bench_agent}

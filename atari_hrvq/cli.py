@@ -5,6 +5,7 @@
 # %% ../nbs/93_cli.ipynb #imports
 from __future__ import annotations
 import argparse, json, os, signal, sys, tempfile, threading
+from dataclasses import fields
 from pathlib import Path
 from . import __version__
 from .book import PLACES, STAGES, StageFailed, find_stage, hardware, locked, pack_run, read_claims, run_chain, status_table, sweep, unpack_run, versions
@@ -29,21 +30,20 @@ def parser():
     p.add_argument('--version', action='version', version=__version__)
     sub = p.add_subparsers(dest='command', required=True)
     r = sub.add_parser('run', help='run the chapters into a folder', description='Run the chapters into a folder; finished ones are skipped, an interrupted one goes on where it was.')
-    r.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
-    r.add_argument('--profile', default='laptop', help=f'budget: {", ".join(PROFILES)} (default: %(default)s)')
-    r.add_argument('--games', default=','.join(GAMES), help='comma-separated (default: %(default)s)')
-    r.add_argument('--seed', type=int, default=0, help='default: %(default)s')
     r.add_argument('--seeds', help='several, comma-separated: one run each, in RUN/seed-N, and the ledger over them')
     r.add_argument('--on', default='here', help=f'where several seeds run: {", ".join(PLACES)} (default: %(default)s, one after the other; local: all at once)')
     r.add_argument('--slurm', action='append', default=[], metavar='KEY=VALUE', help='a parameter of submitit, such as partition=gpu or gpus_per_node=1 (repeat it)')
-    r.add_argument('--start', default='scratch', help='scratch; pretrained: train on from the shipped weights; replay: the same, but the agent plays nothing new and learns on from its shipped replay (default: %(default)s)')
     r.add_argument('--jobs', type=int, metavar='N', help='chapters at a time (default: 2 where there are two cores, memory for both and no GPU, else 1)')
     r.add_argument('--from', dest='first', metavar='CH', help='run from this chapter on, finished or not (04, hrvq or 04_hrvq)')
     r.add_argument('--to', dest='last', metavar='CH', help='stop after this chapter')
     t = sub.add_parser('train', help='train the agent without a notebook', description='Run the loop of chapter 10 without a kernel, from the first random step on, one line a round. The same command goes on where it was stopped; so does the chapter itself (atari-hrvq run), if it is given the same profile and no --set.')
-    t.add_argument('--run', default='runs/agent', help='the run folder (default: %(default)s)'); t.add_argument('--profile', default='overnight', help=f'budget: {", ".join(PROFILES)} (default: %(default)s)')
-    t.add_argument('--games', default=','.join(GAMES), help='comma-separated (default: %(default)s)'); t.add_argument('--seed', type=int, default=0, help='default: %(default)s')
-    t.add_argument('--start', default='scratch', help='as for run (default: %(default)s)'); t.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='a field of LoopConfig, such as rounds=3 (repeat it)')
+    for x, run, profile in ((r, 'runs/laptop', 'laptop'), (t, 'runs/agent', 'overnight')):
+        x.add_argument('--run', default=run, help='the run folder (default: %(default)s)')
+        x.add_argument('--profile', default=profile, help=f'budget: {", ".join(PROFILES)} (default: %(default)s)')
+        x.add_argument('--games', default=','.join(GAMES), help='comma-separated (default: %(default)s)')
+        x.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+        x.add_argument('--start', default='scratch', help='scratch; pretrained: train on from the shipped weights; replay: the same, but the agent plays nothing new and learns on from its shipped replay (default: %(default)s)')
+    t.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='a field of LoopConfig, such as rounds=3 (repeat it)')
     k = sub.add_parser('pack', help='cut a run into small files that can travel', description='Write a run without its frames, which regenerate, as files of at most 15 MiB.'); k.add_argument('run', help='the run folder'); k.add_argument('--to', required=True, metavar='FOLDER', help='where to write them')
     u = sub.add_parser('unpack', help='make a run of such files'); u.add_argument('folder', help='where they are'); u.add_argument('--run', required=True, help='the run folder to make')
     s = sub.add_parser('status', help='what a run has done'); s.add_argument('run', help='the run folder')
@@ -89,7 +89,6 @@ def pairs(texts):
 
 def loop_changes(texts):
     "['rounds=3', 'foresight=no'] as fields of `LoopConfig`, each of its own type."
-    from dataclasses import fields
     from atari_hrvq.agent import LoopConfig
     kinds, words, out = {f.name: f.type for f in fields(LoopConfig)}, {'yes': True, 'true': True, '1': True, 'no': False, 'false': False, '0': False}, {}
     for t in texts:

@@ -5,7 +5,7 @@
 # %% ../nbs/00_core.ipynb #imports
 from __future__ import annotations
 import hashlib, io, json, math, os, shutil, sys, time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ from tqdm.std import tqdm
 
 # %% auto #0
 __all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'BookError', 'require', 'choices', 'pick',
-           'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'Graphed', 'set_rate', 'cores',
+           'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'Graphed', 'set_rate', 'cores', 'one_thread',
            'count_parameters', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack', 'write_atomic',
            'write_json', 'save_tree', 'load_arrays', 'load_tree', 'file_hash', 'put_in_place', 'Pretrained',
            'load_weights', 'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw', 'settings', 'fit',
@@ -110,6 +110,13 @@ def set_rate(opt, lr):
 def cores():
     "How many processor cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+@contextmanager
+def one_thread():
+    "One torch thread inside (or in a function that it decorates): small matrices do not wait for threads, and sums are taken in one order."
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
 
 def count_parameters(module): return sum(p.numel() for p in module.parameters())
 

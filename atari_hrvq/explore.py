@@ -4,13 +4,13 @@
 
 # %% ../nbs/90_explore.ipynb #imports
 from __future__ import annotations
-import base64, contextlib, functools, gzip, hashlib, io, itertools, json, math, secrets, struct, threading, time
+import base64, functools, gzip, hashlib, io, itertools, json, math, secrets, struct, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from .core import BookError, Stage, choices, derive, read_json, require, rng_for, write_atomic
+from .core import BookError, Stage, choices, derive, one_thread, read_json, require, rng_for, write_atomic
 from .agent import Agent, head
 from .dream import observe
 from .encoder import cell_size
@@ -24,8 +24,8 @@ from .world import WorldModel, tokenise
 __all__ = ['MOVES', 'ESM_BASE', 'ESM_TOKENS', 'ESM_LEVELS', 'ESM_EXPERTS', 'ESM_GIF', 'ESM_DREAM', 'ESM', 'NUMBER', 'WIDGETS',
            'PAGE', 'Sheet', 'balance', 'code_information', 'null_band', 'tells', 'code_map', 'covering', 'level_data',
            'code_examples', 'level_pictures', 'expert_choices', 'expert_map', 'parting', 'controls', 'Dreamer',
-           'one_thread', 'Player', 'record', 'recording', 'dream_data', 'squeeze', 'module_text', 'page_twin',
-           'make_widget', 'Shown', 'widget_data', 'explorer', 'open_run', 'explorer_page', 'player_server', 'play']
+           'Player', 'record', 'recording', 'dream_data', 'squeeze', 'module_text', 'page_twin', 'make_widget', 'Shown',
+           'widget_data', 'explorer', 'open_run', 'explorer_page', 'player_server', 'play']
 
 # %% ../nbs/90_explore.ipynb #sheet
 class Sheet:
@@ -279,14 +279,6 @@ class Dreamer:
         seen = self.picture(self.tokenizer.encode(torch.from_numpy(frame)[None, None])).astype(np.float32)
         for distances, picture in ((self.error, now['dream']), (self.still, self.first)): distances.append(float(np.square(picture - seen).mean() ** .5))
         now.update(real=frame, real_reward=float(reward), real_over=self.real_over, error=self.error[-1], still=self.still[-1], parting=None if (k := parting(self.error, self.still)) is None else k + 1)
-
-# %% ../nbs/90_explore.ipynb #one-thread
-@contextlib.contextmanager
-def one_thread():
-    "One torch thread inside: the matrices of a single dream are so small that threads would only wait for each other."
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
 
 # %% ../nbs/90_explore.ipynb #player
 class Player:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from .agent import Agent, head, packed_replay, shipped_replay
 from .claims import ledger
-from .core import (BookError, SHIPPED, Stage, Table, bootstrap_mean, count_parameters, derive, file_hash, load_tree, put_in_place, read_json, read_metrics, repo_path, require, rng_for,
+from .core import (BookError, SHIPPED, Stage, Table, bootstrap_mean, count_parameters, derive, file_hash, load_tree, one_thread, put_in_place, read_json, read_metrics, repo_path, require, rng_for,
                              save_tree, seed_all, write_atomic, write_json)
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
 from .encoder import labels_at, state_fidelity
@@ -27,17 +27,12 @@ __all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'is_large', 
            'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
+@one_thread()
 @torch.no_grad()
 def dream_of(agent, codes, actions, game, steps=15, seed=0, temperature=(.5, 0., 0.)):
     """What `agent` dreams and does from contexts: codes uint8 [B, C, P, L], actions int64 [B, C-1], game int64 [B].
 
     Returns arrays: `codes` uint8 [B, steps, P, L], `actions` int64, `reward` and `proceed` float32 [B, steps]. Follows from weights and seed alone: it is dreamt in one thread, for several add in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: return _dream_of(agent, codes, actions, game, steps, seed, temperature)
-    finally: torch.set_num_threads(threads)
-
-def _dream_of(agent, codes, actions, game, steps, seed, temperature):
     seed_all(seed, 'stored dream')
     start = lambda n, rng: (codes, actions, game)
     env = DreamVectorEnv(agent.world, start, len(codes), steps, temperature, tensors=True)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from atari_hrvq import agent as module, world as world_module
-from atari_hrvq.agent import LOOPS, Agent, Games, LoopConfig, dreaming_on, first_play, fresh_agent, going_on, head, learn, play, remembered, replay_frames, train_agent
-from atari_hrvq.core import BookError, Stage, load_checkpoint, save_tree
+from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, LoopConfig, dreaming_on, first_play, fresh_agent, going_on, head, learn, play, remembered, replay_frames, train_agent
+from atari_hrvq.core import PROFILES, BookError, Stage, load_checkpoint, save_tree
 from atari_hrvq.frames import LEGAL, RandomPolicy, collect, load_stored, store_episodes
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.ppo import PPO
@@ -186,6 +186,12 @@ def test_the_whole_chapter_is_one_call_and_needs_no_other(tmp_path, monkeypatch)
     for name in ('play', 'improve', 'study', 'collect_split'): monkeypatch.setattr(module, name, lambda *a, name=name, **k: pytest.fail(f'{name} again'))
     again = train_agent(stage(), **small)
     assert again[2] == history and all(torch.equal(v, again[0].policy.state_dict()[k]) for k, v in agent.policy.state_dict().items())
+
+
+def test_every_profile_has_a_loop(tmp_path):
+    picked = {p: Stage('10_agent', tmp_path / p, p, GAMES, 0).pick for p in PROFILES}
+    assert {p: [pick(**x) for x in (LOOPS, CONTEXT, NEWEST)] for p, pick in picked.items()} == {
+        'smoke': [LOOPS['smoke'], 4, 0], 'laptop': [LOOPS['laptop'], 8, 10_000], 'overnight': [LOOPS['overnight'], 8, None], 'gpu': [LOOPS['gpu'], 8, None], 'paper': [LOOPS['gpu'], 8, None]}
 
 
 def test_a_command_and_a_notebook_go_on_from_each_other(tmp_path):

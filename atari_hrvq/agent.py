@@ -151,7 +151,7 @@ def join_tokens(parts):
 # %% ../nbs/10_agent.ipynb #improve
 def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, desc='dreaming'):
     """Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, of all and of each game, PPO's metrics).
-    With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight of [chapter 8](08_dream.ipynb)."""
+    With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight."""
     envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True, foresight=foresight)
     mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix), 0, []
     saved = load_checkpoint(checkpoint, mark)

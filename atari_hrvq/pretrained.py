@@ -154,20 +154,21 @@ def film(agent, episodes, path, steps=75, stretches=3, seed=0):
 
 # %% ../nbs/14_pretrained.ipynb #film-strip
 def film_strip(folder, frames=40):
-    "`IPython.display.HTML`: the films of the agent in `folder` side by side at half their size, as one looping picture of the first `frames` steps."
-    films = sorted(Path(folder).glob('dream-*.gif'))
+    "`IPython.display.HTML`: the films of the agent in `folder` side by side at half their size, the first `frames` steps of each in a loop."
+    films, pictures = sorted(Path(folder).glob('dream-*.gif')), ''
     require(films, f'{folder} holds no film: ship the agent with atari-hrvq ship agent')
-    games, pictures = [f.stem.removeprefix('dream-') for f in films], []
     opened = [Image.open(f) for f in films]
-    for k in range(min(frames, *(i.n_frames for i in opened))):
-        for i in opened: i.seek(k)
-        halves = [np.asarray(i.convert('L').resize((i.width // 2, i.height // 2), Image.NEAREST)) for i in opened]
-        pictures.append(Image.fromarray(np.concatenate([np.pad(h, ((0, 0), (0, 6)), constant_values=255) for h in halves], 1) // 16 * 16))
-    buffer = io.BytesIO()
-    pictures[0].save(buffer, 'GIF', save_all=True, append_images=pictures[1:], duration=1000 // 15, loop=0)
-    words = ', '.join(f'{g}: left the real game, right its dream' for g in games)
+    frames = min(frames, *(i.n_frames for i in opened))                # so that the loops stay together
+    for path, film in zip(films, opened, strict=True):
+        steps, buffer = [], io.BytesIO()
+        for k in range(frames):
+            film.seek(k)
+            steps.append(Image.fromarray(np.asarray(film.convert('L').resize((film.width // 2, film.height // 2), Image.NEAREST)) // 16 * 16))
+        steps[0].save(buffer, 'GIF', save_all=True, append_images=steps[1:], duration=1000 // 15, loop=0)
+        words = f'{path.stem.removeprefix("dream-")}: left the real game, right its dream'
+        pictures += f'<img alt="{words}" style="flex:1;min-width:0;image-rendering:pixelated" src="data:image/gif;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
     from IPython.display import HTML                                # a notebook has it; who only plays or verifies needs not
-    return HTML(f'<img alt="{words}" style="width:100%;image-rendering:pixelated" src="data:image/gif;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+    return HTML(f'<div style="display:flex;gap:6px">{pictures}</div>')
 
 # %% ../nbs/14_pretrained.ipynb #fidelity
 FOLLOWED = ('ball', 'paddle', 'player', 'sue', 'inky', 'pinky', 'blinky')

@@ -355,9 +355,9 @@ def signature(name, obj):
 
 # %% ../nbs/92_publish.ipynb #docstring
 def docstring(obj):
-    "A docstring as Markdown: words as they are, nothing taken for markup outside of `code`."
+    "A docstring as Markdown: words as they are, nothing taken for markup outside of `code` but references such as `@eq-told-more`."
     parts = re.split(r'(`[^`]*`)', inspect.getdoc(obj) or '')
-    escape = lambda text: re.sub(r'[*_<>$@#|\[\]\\]', lambda m: f'&#{ord(m[0])};', text)
+    escape = lambda text: re.sub(r'@(?!(?:fig|tbl|eq|sec)-\w)|[*_<>$#|\[\]\\]', lambda m: f'&#{ord(m[0])};', text)
     return ''.join(p if p.startswith('`') and len(p) > 1 else escape(p) for p in parts)
 
 # %% ../nbs/92_publish.ipynb #api-entry

@@ -46,6 +46,11 @@ def frames(outputs=True, extra=''):
         md('### Deeper\n\n$$\\sum_i x_i$$ {#eq-sum}\n\nSum is @eq-sum.\n\n::: {.callout-tip collapse="true" title="Solution"}\nForty-two.\n:::', 'deeper'))
 
 
+def test_a_docstring_keeps_its_references_and_no_other_markup():
+    def f(): "Pays @eq-foresight to me@example.org, *n* [D] times; `a*b` stays."
+    assert P.docstring(f) == 'Pays @eq-foresight to me&#64;example.org, &#42;n&#42; &#91;D&#93; times; `a*b` stays.'
+
+
 def test_imports_one_after_the_other_are_one_line_to_open(tmp_path):
     made = P.prepare(notebook(code(f'{MARK} export\nimport json', 'a'), code('import os', 'b'), md('Text', 'c'), code('import sys', 'd'), code('x = 1', 'e')), tmp_path)
     assert [(c['cell_type'], ''.join(c['source']).splitlines()[-2:]) for c in made['cells'] if c['id'] in 'bde'] == [('code', ['import json', 'import os']), ('code', ['#' + '| code-summary: "Imports"', 'import sys']), ('code', ['x = 1'])]

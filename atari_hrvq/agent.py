@@ -209,6 +209,9 @@ class LoopConfig:
     contrast: int = 10        # steps of contrastive prediction of a fresh world model; 0 for none
     corrupt: float = 0.       # up to which share of a context's tokens the world model learns with others in their place
     hidden: int = 256         # width of a fresh policy
+    lr: float = 5e-4          # of PPO
+    entropy: float = .01      # what PPO pays for a nat of the policy's entropy
+    falling: bool = False     # PPO's learning rate falls to zero in every round, not only in the last
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
 
 # %% ../nbs/10_agent.ipynb #replay
@@ -250,7 +253,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     """The loop: study, dream, play, remember; `replay` {game: list of Episodes} grows in place. Returns the history of rounds and the curve of the dreams.
 
     After each round the whole state is a checkpoint, from which a second call goes on, and the new episodes are stored as seeds and actions. `agent.real_steps` counts on;
-    `known` steps a game of `replay` are in it already. In the last round the learning rate of PPO falls to zero."""
+    `known` steps a game of `replay` are in it already. In the last round, or with `c.falling` in each, the learning rate of PPO falls to zero."""
     games, path = agent.games, lambda r: stage.checkpoint(f'round-{r}')
     marks = [fingerprint('loop', {**asdict(c), 'last': c.last if r == c.rounds else 1}, stage.config) for r in range(c.rounds + 1)]      # the rounds before the last do not depend on `last`
     saved = next(filter(None, (load_checkpoint(path(r), marks[r]) for r in reversed(range(c.rounds + 1)))), {'history': [], 'curves': []})
@@ -266,7 +269,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         last, fed = r == c.rounds, steps() > known
         now = replace(c, **{k: c.last * getattr(c, k) for k in ('tokenizer_steps', 'world_steps', 'iterations')}) if last else c
         data, recent = study(stage, agent, replay, now, r, c.last if last else 1)
-        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), falling=last, foresight=c.foresight, desc=f'round {r}: dreaming')
+        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, desc=f'round {r}: dreaming')
         curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
         tail = curve[-max(1, len(curve) // 5):]
         row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
@@ -313,8 +316,8 @@ def study(stage, agent, replay, c, r, newest=1):
 
 # %% ../nbs/10_agent.ipynb #going-on
 def going_on(c):
-    "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it."
-    return replace(c, rounds=1, iterations=2 * c.iterations, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
+    "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it, both times at a rate that falls to zero."
+    return replace(c, rounds=1, iterations=2 * c.iterations, falling=True, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
 
 def dreaming_on(c, whole):
     "The loop for an agent that has learned before and plays nothing new: it dreams four times as long as in a round. If its replay is the `whole` of what it learned from, its model studies as long before; of a part it would learn by heart, so it stays as it is."
@@ -388,7 +391,7 @@ def train_agent(stage, **changes):
         loop = replace(loop, **changes)
         replay = {g: [random_play(stage, g, loop.first)] for g in stage.games}
         agent = fresh_agent(stage, replay, loop, context) if loop.first else Agent.fresh(stage.load('tokenizer', Tokenizer), stage.load('world', WorldModel), context=context)
-    history, curves = learn(stage, agent, PPO(agent.policy, PPOConfig(lr=5e-4)), replay, loop, known=known)
+    history, curves = learn(stage, agent, PPO(agent.policy, PPOConfig(lr=loop.lr, entropy_cost=loop.entropy)), replay, loop, known=known)
     origin = repo_path('pretrained') / SHIPPED['agent'] / 'manifest.json'
     stage.save('agent', agent); stage.curve('rounds', history); stage.curve('dream', curves)
     stage.curve('recipe', [{**asdict(loop), 'went on from': file_hash(origin) if known and origin.exists() else ''}])

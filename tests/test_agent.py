@@ -164,6 +164,8 @@ def test_in_the_last_round_the_learning_rate_falls_to_zero(parts, whole, tmp_pat
     learn(Stage('10_agent', tmp_path, 'smoke', GAMES, 0), agent, ppo, replay, LOOP)
     assert float(ppo.opt.param_groups[0]['lr']) == 5e-4 / LOOP.iterations                            # of the last iteration: one step above zero
     assert 'opt' not in load_checkpoint(whole[4].checkpoint('round-1'))['ppo']                       # nothing learns on from there
+    *_, stage, _ = loop(parts, tmp_path / 'each', replace(LOOP, falling=True))
+    assert load_checkpoint(stage.checkpoint('round-0'))['ppo']['opt']['param_groups'][0]['lr'] == 5e-4 / LOOP.iterations
 
 
 def test_a_round_that_is_over_leaves_its_checkpoint_and_the_one_before(parts, whole, tmp_path):

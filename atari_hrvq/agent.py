@@ -19,9 +19,10 @@ from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, rollout, score_
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
-__all__ = ['LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'LoopConfig', 'replay_frames',
-           'head', 'fresh_agent', 'learn', 'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play',
-           'packed_replay', 'shipped_part', 'shipped_replay', 'remembered', 'random_play', 'train_agent']
+__all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'real_returns', 'LoopConfig',
+           'replay_frames', 'head', 'fresh_agent', 'learn', 'known_before', 'tell', 'study', 'going_on', 'dreaming_on',
+           'first_play', 'packed_replay', 'shipped_part', 'shipped_replay', 'remembered', 'random_play', 'train_agent',
+           'by_depth']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -66,6 +67,12 @@ class Agent:
         self.generator, self.codes, self.last_value = torch.Generator().manual_seed(derive(seed, 'agent')), None, np.zeros(n, np.float32)
         for m in (self.tokenizer, self.world, self.policy): m.eval()
 
+    def sees(self, codes, actions, game):
+        "What the policy is shown, float [n, F], after the frames `codes` [n, C, P, L] of `game` int64 [n] and the `actions` [n, C - 1] between them."
+        z = self.world.vectors(codes)
+        h, _ = self.world.trunk(z[:, :-1], actions, game)
+        return observe(z[:, -1], z[:, -2], h[:, -1])
+
     @torch.no_grad()
     def act(self, frames, restart, greedy=False):
         require(hasattr(self, 'game'), 'the agent has not begun: call start(game, n) first')
@@ -77,9 +84,7 @@ class Agent:
             self.codes = torch.cat([self.codes[:, 1:], now[:, None]], 1)
             self.actions = torch.cat([self.actions[:, 1:], self.previous[:, None]], 1)
             self.codes[again], self.actions[again] = now[again][:, None].expand(-1, self.context, -1, -1), 0
-        z = self.world.vectors(self.codes)
-        h, _ = self.world.trunk(z[:, :-1], self.actions, self.game)
-        logits, value = self.policy(observe(z[:, -1], z[:, -2], h[:, -1]), self.mask)
+        logits, value = self.policy(self.sees(self.codes, self.actions, self.game), self.mask)
         if greedy: self.previous = logits.argmax(-1)
         else: self.previous = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=self.generator)[:, 0].to(self.device)
         self.last_value = value.float().cpu().numpy()
@@ -149,30 +154,33 @@ def join_tokens(parts):
     return Tokens(**cat, episode=torch.cat([p.episode + int(o) for p, o in zip(parts, offset, strict=False)]))
 
 # %% ../nbs/10_agent.ipynb #improve
-def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, desc='dreaming'):
+def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=None, real_rows=1_200, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, desc='dreaming'):
     """Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, of all and of each game, PPO's metrics).
-    With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight."""
+    With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight. With `real` (of `real_returns`)
+    the critic learns in each iteration from `real_rows` of its states too (@eq-grounded)."""
     envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True, foresight=foresight)
-    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix), 0, []
+    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix, *([len(real[1]), real_rows] if real else [])), 0, []
     saved = load_checkpoint(checkpoint, mark)
     if saved: ppo.load_state(saved['ppo']); first, history = saved['step'], saved['history']
-    def whole(codes, actions, game, order):                                              # an iteration as one graph
+    def whole(codes, actions, game, order, *met):                                        # an iteration as one graph
         lived = rollout(envs, agent.policy, horizon, envs.begin(codes, actions, game), None)
-        return lived, ppo.learn_from(lived, order, games=len(agent.games))
+        return lived, ppo.learn_from(lived, order, games=len(agent.games), real=met or None)
     graphed = Graphed(whole) if agent.device.type == 'cuda' and ppo.graphs else None
     if graphed: envs.reset(seed=derive(seed, desc) % 2**31)
     clock = time.time()
     for k in progress(range(first, iterations), desc, iterations - first):
         seed_all(seed, desc, k)
+        drawn = torch.from_numpy(rng_for(seed, desc, 'real', k).integers(len(real[1]), size=real_rows)).to(real[1].device) if real else None
+        met = tuple(x[drawn] for x in real) if real else ()
         if falling: set_rate(ppo.opt, ppo.config.lr * (1 - k / iterations))
         if graphed:
             order = torch.rand(ppo.config.epochs, dreams * horizon, device=agent.device).argsort(1)
-            lived, said = graphed(*(x.to(agent.device) for x in contexts(dreams, rng_for(seed, desc, k))), order)
+            lived, said = graphed(*(x.to(agent.device) for x in contexts(dreams, rng_for(seed, desc, k))), order, *met)
             metrics = ppo.told(said)
         else:
             generator = torch.Generator().manual_seed(derive(seed, desc, k))
             lived = rollout(envs, agent.policy, horizon, envs.reset(seed=derive(seed, desc, k) % 2**31), generator)
-            metrics = ppo.update(lived, generator)
+            metrics = ppo.update(lived, generator, met or None)
         valid = lived.valid.float()
         mean = lambda m: (lived.rewards * m).sum() / m.sum().clamp(min=1)
         paid = torch.stack([mean(valid), *(mean(valid * (lived.game == i)) for i in range(len(agent.games)))]).tolist()
@@ -182,6 +190,28 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, checkpoi
             clock = time.time()
             save_checkpoint(checkpoint, mark, {'ppo': ppo.state(), 'step': k + 1, 'history': history})
     return history
+
+# %% ../nbs/10_agent.ipynb #grounded
+REAL = 45_000                     # states of the real game that a round keeps at hand for its critic
+
+@torch.no_grad()
+def real_returns(agent, data, gamma, n, since=None, seed=0, settled=300):
+    """What the critic is held to (@eq-grounded): `(obs float [M, F], returns float [M], game int64 [M])` of about `n` steps of the real game in `data` {game: Tokens}, from step `since[game]` on:
+    what `agent` sees there, and the signs of the rewards from there to the end of the life, discounted by `gamma`. Steps from which the life was followed for fewer than `settled` steps, and not to its end, are left out; None where no step is left."""
+    agent.world.eval(); out, C = [], agent.context
+    for g, d in data.items():
+        r, done, last = d.rewards.sign().tolist(), d.done.tolist(), (d.episode[1:] != d.episode[:-1]).tolist() + [True]
+        returns, known, G, wait = np.zeros(len(d), np.float32), np.zeros(len(d), bool), 0., 0
+        for t in reversed(range(len(d))):
+            if done[t] or last[t]: G, wait = 0., 0 if done[t] else settled
+            returns[t], known[t], wait = (G := r[t] + gamma * G), wait <= 0, wait - 1
+        start = d.windows(C)
+        start = start[~np.stack([d.done.numpy()[start + k] for k in range(C - 1)]).any(0) & known[start + C - 1] & (start >= (since[g] if since else 0))]
+        for part in np.array_split(np.sort(rng_for(seed, 'real', g).permutation(start)[:max(1, n // len(data))]), 1 + n // 1000):
+            at, game = torch.from_numpy(part[:, None] + np.arange(C)), torch.full((len(part),), agent.games.index(g), device=agent.device)
+            if len(part): out.append((agent.sees(d.codes[at].to(agent.device), d.actions[at[:, :-1]].to(agent.device), game), torch.from_numpy(returns[part + C - 1]).to(agent.device), game))
+    return tuple(torch.cat(x) for x in zip(*out, strict=True)) if out else None
+
 
 # %% ../nbs/10_agent.ipynb #loop-config
 @dataclass
@@ -207,9 +237,11 @@ class LoopConfig:
     foresight: bool = True    # the dreams pay for a step the mean of what all states said of it
     grid: int = 3             # cells a side of fresh models' frames
     contrast: int = 10        # steps of contrastive prediction of a fresh world model; 0 for none
+    ending: float = 1.        # weight of the endings while the world model learns
     corrupt: float = 0.       # up to which share of a context's tokens the world model learns with others in their place
     hidden: int = 256         # width of a fresh policy
     lr: float = 5e-4          # of PPO
+    real_rows: int = 0        # states of the real game in an iteration whose returns the critic learns beside those of its dreams
     entropy: float = .01      # what PPO pays for a nat of the policy's entropy
     falling: bool = False     # PPO's learning rate falls to zero in every round, not only in the last
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
@@ -261,7 +293,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     if history:
         agent.tokenizer.load_state_dict(saved['tokenizer']); agent.world.load_state_dict(saved['world']); agent.world.config.tokenizer = agent.tokenizer.hash()
         ppo.load_state(saved['ppo'])
-    agent.policy.config.mix, agent.world.config.corrupt = c.mix, c.corrupt
+    agent.policy.config.mix, agent.world.config.corrupt, agent.world.config.ending = c.mix, c.corrupt, c.ending
     steps, before = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known
     for r in range(min(len(history), c.rounds)):
         for g in replay: replay[g].append(load_stored(stage, f'{name}-replay-{g}-{r}'))
@@ -269,7 +301,8 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         last, fed = r == c.rounds, steps() > known
         now = replace(c, **{k: c.last * getattr(c, k) for k in ('tokenizer_steps', 'world_steps', 'iterations')}) if last else c
         data, recent = study(stage, agent, replay, now, r, c.last if last else 1)
-        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, desc=f'round {r}: dreaming')
+        real = real_returns(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r)) if c.real_rows else None
+        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, desc=f'round {r}: dreaming')
         curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
         tail = curve[-max(1, len(curve) // 5):]
         row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
@@ -316,12 +349,12 @@ def study(stage, agent, replay, c, r, newest=1):
 
 # %% ../nbs/10_agent.ipynb #going-on
 def going_on(c):
-    "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it, both times at a rate that falls to zero."
-    return replace(c, rounds=1, iterations=2 * c.iterations, falling=True, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
+    "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it, both times at a rate that falls to zero and with a critic that is held to the real game."
+    return replace(c, rounds=1, iterations=2 * c.iterations, falling=True, real_rows=1_200, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
 
 def dreaming_on(c, whole):
     "The loop for an agent that has learned before and plays nothing new: it dreams four times as long as in a round. If its replay is the `whole` of what it learned from, its model studies as long before; of a part it would learn by heart, so it stays as it is."
-    return replace(c, rounds=0, last=4, first=0, begin_tokenizer=0, begin_world=4 * c.world_steps * whole, begin_lr=c.world_lr)
+    return replace(c, rounds=0, last=4, real_rows=1_200, first=0, begin_tokenizer=0, begin_world=4 * c.world_steps * whole, begin_lr=c.world_lr)
 
 def first_play(stage, agent, c):
     "What `agent` plays before its first round, {game: Episodes}; stored as seeds and actions, and not played again if it is there."
@@ -397,3 +430,18 @@ def train_agent(stage, **changes):
     stage.curve('recipe', [{**asdict(loop), 'went on from': file_hash(origin) if known and origin.exists() else ''}])
     stage.save('agent-curve', {**{k: np.array([np.nan if h.get(k) is None else h[k] for h in history], np.float64) for k in ('real_steps', *(f'score_{g}' for g in stage.games))}, 'device': torch.cuda.get_device_name() if stage.device.type == 'cuda' else 'CPU'})
     return agent, replay, history, curves, loop
+
+# %% ../nbs/10_agent.ipynb #depth
+def by_depth(agent, data, depths=(0, 16, 64), dreams=96, seed=0):
+    """Dreams that start anywhere in `data` {game: Tokens} and in which the policy acts. For each game and stretch of `depths`, in dreamt steps, a row:
+    the share of `dreams` that still live when it begins, and the sign of the reward and the endings a step in it, beside those of `data`."""
+    rows = []
+    for g, d in data.items():
+        envs = DreamVectorEnv(agent.world, Contexts({g: d}, agent.games, agent.context, hot=0.), dreams, depths[-1], tensors=True)
+        r = rollout(envs, agent.policy, depths[-1], envs.reset(seed=derive(seed, 'depth', g) % 2**31), torch.Generator().manual_seed(derive(seed, 'depth', g)))
+        alive, real = r.valid.float(), {'real reward': float(d.rewards.sign().mean()), 'real endings': float(d.done.float().mean())}
+        for a, b in zip(depths, depths[1:], strict=False):
+            n = alive[a:b].sum().clamp(min=1)
+            rows.append({'game': g, 'dreamt steps': f'{a} to {b}', 'alive': float(alive[a].mean()), 'dreamt reward': float((r.rewards * alive)[a:b].sum() / n), 'dreamt endings': float((r.terminated * alive)[a:b].sum() / n), **real})
+    return rows
+

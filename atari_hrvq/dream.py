@@ -21,8 +21,8 @@ from .world import WorldModel, f1, load_tokens, token_batches, uniform
 # %% auto #0
 __all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv', 'make_dream',
            'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate', 'untouched_within',
-           'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of', 'balls_back', 'dream_gif',
-           'reliability']
+           'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of', 'balls_back', 'endings_told',
+           'dream_gif', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -315,6 +315,22 @@ def balls_back(world, tokenizer, tokens, at, missed, game, context=8, early=0, a
     read, dreamt = ball_readers(tokenizer, name)[axis], open_loop(world, tokens, game, context, early + max(after), starts, seed=seed).codes
     seen = lambda frames: np.any([read(codes) < line for codes in frames], 0)                # what is not seen is NaN
     return seen(dreamt[:, early + k - 1] for k in after), seen(tokens.codes[at[fits] + k] for k in after), missed[fits]
+
+# %% ../nbs/08_dream.ipynb #endings-told
+def endings_told(world, tokens, game, context=8, early=12, late=4, most=200, seed=0):
+    """`(told, told of none, n)`: the mean probability that a dream of `game` (an index) with the real actions ends within `early + late` steps, where the real game ends a life (or itself) after `early`,
+    and where it ends none within as many steps; over `n` endings, at most `most`, and as many stretches without one. None, None, 0 where there is nothing to ask."""
+    steps, done, rng = early + late, tokens.done.numpy(), rng_for(seed, 'endings', early)
+    total, length = np.concatenate([[0], np.cumsum(done)]), context + early + late
+    start = np.arange(max(0, len(done) - length)); start = start[total[start + context - 1] == total[start]]      # no ending inside the context
+    start = start[tokens.episode.numpy()[start] == tokens.episode.numpy()[start + context - 1 + early - 1]]
+    over = done[start + context - 1 + early - 1] & (total[start + context - 1 + early - 1] == total[start + context - 1])
+    none = (total[start + length] == total[start]) & (tokens.episode.numpy()[start] == tokens.episode.numpy()[start + length - 1])
+    asked = [rng.permutation(start[m]) for m in (over, none)]
+    n = min(most, *map(len, asked))
+    if not n: return None, None, 0
+    return (*(float(1 - open_loop(world, tokens, game, context, steps, s[:n], seed=seed).proceed.prod(1).mean()) for s in asked), n)
+
 
 # %% ../nbs/08_dream.ipynb #gif
 def dream_gif(path, real, dream, scale=2, fps=15):

@@ -127,6 +127,7 @@ class WorldConfig:
     contrast_weight: float = .2
     corrupt: float = 0.                 # up to this share of a window's codes is replaced in training; A2 asks what that costs
     changed: float = 4.                 # how many times as much a cell that changes weighs in the loss as one that stays
+    ending: float = 1.                  # weight of the ending's cross-entropy, which is a step in a few hundred
     tokenizer: str = ''                 # hash of the tokenizer whose codes it predicts
 
 # %% ../nbs/07_world.ipynb #block
@@ -414,7 +415,7 @@ class WorldModel(Pretrained):
         parts = level_losses(out.logits, codes, following, known, c.changed)
         parts['reward'], parts['rewards_ahead'] = self.reward.loss(out.reward, rewards, known & ~done)
         parts['proceed'] = F.binary_cross_entropy_with_logits(out.proceed.float(), 1 - done.float())
-        total = sum(parts.values()) + (balance := sum(a['balance_loss'] for a in out.aux))
+        total = sum(parts.values()) + (c.ending - 1) * parts['proceed'] + (balance := sum(a['balance_loss'] for a in out.aux))
         if c.contrast:
             parts['contrast'] = self.contrast.loss(out.hidden, self.vectors(following), actions, known)
             total = total + c.contrast_weight * parts['contrast']

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 from atari_hrvq import agent as module, world as world_module
-from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, LoopConfig, dreaming_on, first_play, fresh_agent, going_on, head, learn, play, remembered, replay_frames, train_agent
+from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, LoopConfig, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, improve, learn, play, real_returns, remembered, replay_frames, train_agent
+from atari_hrvq.dream import Contexts
 from atari_hrvq.core import PROFILES, BookError, Stage, load_checkpoint, save_tree
 from atari_hrvq.frames import LEGAL, RandomPolicy, collect, load_stored, store_episodes
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.ppo import PPO
 from atari_hrvq.pretrained import pack_replay
-from atari_hrvq.world import WorldModel, load_tokens, tokenise
+from atari_hrvq.world import Tokens, WorldModel, load_tokens, tokenise
 
 GAMES = ('pong', 'breakout')
-LOOP = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, tokenizer_steps=2, frames=8, dreams=6, horizon=4, batch=4, window=5)
+LOOP = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, tokenizer_steps=2, frames=8, dreams=6, horizon=4, batch=4, window=5, real_rows=12)
 
 
 @pytest.fixture(scope='module')
@@ -242,6 +243,45 @@ def test_memory_begins_anew_at_a_restart(parts):
     agent.start('pong', 1, 0); agent.act(frames[:1], [True]); agent.act(frames[1:], [True]); restarted = agent.codes.clone()
     agent.start('pong', 1, 0); agent.act(frames[1:], [True])
     assert torch.equal(restarted, agent.codes) and (agent.actions == 0).all()
+
+
+def test_what_the_critic_is_held_to(parts):
+    agent = fresh(parts)[0]
+    whole = tokenise(agent.tokenizer, parts[1]['breakout'])
+    t = lambda *x: torch.tensor(x)
+    tokens = Tokens(whole.codes[:12], whole.actions[:12], t(0., 3., 0., 0., 1., 0., -2., 0., 0., 0., 0., 5.), t(*[k in (4, 9) for k in range(12)]), t(*[0] * 10, 1, 1))       # two lives; an episode that is cut
+    obs, returns, game = real_returns(agent, {'breakout': tokens}, .5, 100)
+    known = {2: .25, 3: .5, 4: 1., 7: 0., 8: 0., 9: 0.}                  # a context is three frames in one life; what was cut off is not known
+    assert returns.tolist() == pytest.approx(list(known.values())) and game.tolist() == [1] * 6
+    for row, k in zip(obs, known, strict=True):
+        assert torch.allclose(row, agent.sees(tokens.codes[None, k - 2:k + 1], tokens.actions[None, k - 2:k], t(1))[0], atol=1e-6)
+    assert real_returns(agent, {'breakout': tokens}, .5, 100, {'breakout': 6})[1].tolist() == [0., 0.]           # of the newest play
+    assert 11 - 2 not in real_returns(agent, {'breakout': tokens}, .5, 100, settled=1)[2].tolist() and len(real_returns(agent, {'breakout': tokens}, .5, 2)[1]) == 2
+    assert real_returns(agent, {'breakout': tokens}, .5, 100, {'breakout': 10}) is None
+
+
+def test_the_critic_learns_what_the_real_game_paid(parts):
+    agent, ppo, _ = fresh(parts)
+    tokens, said = {g: tokenise(agent.tokenizer, e) for g, e in parts[1].items()}, []
+    obs, returns, game = real_returns(agent, tokens, .9, 60)
+    for real in (None, (obs, torch.full_like(returns, 2.), game)):
+        pupil = copy.deepcopy(agent)
+        improve(pupil, PPO(pupil.policy, ppo.config), Contexts(tokens, GAMES, agent.context), 30, 6, 4, 0, real=real, real_rows=24)
+        with torch.no_grad(): said.append(float(pupil.policy(obs)[1].mean()))
+    assert abs(said[0]) < .3 and said[1] > said[0] + .5, said            # the dreams pay next to nothing
+
+
+def test_dreams_are_counted_by_depth(parts):
+    agent = fresh(parts)[0]
+    for net, bias in ((agent.world.proceed, [np.log(3)]), (agent.world.reward.net, [30. * (b == 3) for _ in range(agent.world.reward.ahead) for b in agent.world.reward.bins.round().tolist()])):
+        net[-1].weight.data.zero_(); net[-1].bias.data = torch.tensor(bias, dtype=torch.float32)          # a quarter ends in every step; every step pays
+    data = {g: tokenise(agent.tokenizer, e) for g, e in parts[1].items()}
+    rows = by_depth(agent, data, (0, 2, 6), 400)
+    assert [(r['game'], r['dreamt steps']) for r in rows] == [(g, d) for g in GAMES for d in ('0 to 2', '2 to 6')]
+    for r in rows:
+        assert r['dreamt reward'] == pytest.approx(1, abs=1e-3) and r['dreamt endings'] == pytest.approx(.25, abs=.05)      # of the dreams that still live
+        assert r['alive'] == pytest.approx(1 if r['dreamt steps'] == '0 to 2' else .75 ** 2, abs=.07)
+        assert r['real endings'] == pytest.approx(float(data[r['game']].done.float().mean())) and r['real reward'] == pytest.approx(float(data[r['game']].rewards.sign().mean()))
 
 
 def test_bad_input(parts, tmp_path):

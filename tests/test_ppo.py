@@ -249,6 +249,18 @@ def test_the_clip_stops_the_push():
     assert push(log_p - .5, 1.) == 0 and push(log_p - .5, -1.) > 0 and push(log_p + .5, -1.) == 0 and push(log_p, 1.) > 0
 
 
+def test_real_returns_join_the_critic():
+    policy = small(); r = live(corridors(), policy, 3)
+    real = (torch.stack([r.obs[0, 0]] * 2), torch.tensor([3., 5.]), torch.tensor([0, 0]))
+    before = [p.detach().clone() for p in policy.actor.parameters()]
+    said = PPO(policy, PPOConfig(epochs=1, minibatches=1)).update(r, gen(), real)
+    assert said['loss_real'] == pytest.approx(17)                         # (9 + 25) / 2 over their variance of 1; the new critic says 0
+    alone = small(); PPO(alone, PPOConfig(epochs=1, minibatches=1)).update(r, gen())
+    assert not torch.equal(policy.critic.bias, alone.critic.bias) and 'loss_real' not in PPO(alone).update(r, gen())
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.actor.parameters(), strict=True))
+    with pytest.raises(BookError, match='12 minibatches needs a real state, got 2'): PPO(small()).update(r, gen(), real)
+
+
 def test_update_without_a_valid_step_is_one_sentence():
     policy = small()
     r = live(corridors(), policy, 3)

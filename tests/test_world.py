@@ -69,6 +69,15 @@ def test_the_contrast_needs_the_actions(learnt):
     assert right < wrong
 
 
+def test_endings_weigh_what_they_are_told_to():
+    model, batch = make().eval(), token_batches({'breakout': toy()}, 16, 8)(np.random.default_rng(0))
+    def loss(weight):
+        model.config.ending = weight; torch.manual_seed(0)
+        return model.loss(*batch)
+    (one, parts), (five, same) = loss(1.), loss(5.)
+    assert float(five - one) == pytest.approx(4 * float(parts['proceed']), rel=1e-3) and parts['proceed'] == same['proceed'] > 0
+
+
 def test_corruption_stays_in_training_and_below_its_share():
     torch.manual_seed(0)
     model = make(); batch = token_batches({'breakout': toy()}, 64, 8)(np.random.default_rng(0))

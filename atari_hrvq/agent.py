@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
+import torch.nn.functional as F
 from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive, drop_checkpoint, file_hash, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json,
                              repo_path, require, rng_for, save_checkpoint, seed_all, set_rate, write_json)
-from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
+from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of, unit_of
 from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
-from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, rollout, score_of_play
+from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, gae, rollout, score_of_play
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
@@ -30,11 +31,11 @@ class Agent:
 
     `start(game, n, seed)` prepares `n` games (one name, or a list of names); `act(frames uint8 [n, T, 84, 84], restart bool [n]) -> int64 [n]`,
     where `restart` marks rows whose frame is the first of an episode. `last_value` float [n] is the critic's opinion of what `act` saw.
-    `real_steps`: agent steps of each game that it has learned from."""
-    def __init__(self, tokenizer, world, policy, context=8, real_steps=0):
+    `real_steps`: agent steps of each game that it has learned from; `power` and `units` {game: smallest reward}: what its dreams paid for a reward (@eq-power), which is what its critic speaks of."""
+    def __init__(self, tokenizer, world, policy, context=8, real_steps=0, power=0., units=None):
         world.check_tokenizer(tokenizer)
         self.tokenizer, self.world, self.policy, self.context, self.real_steps = tokenizer, world, policy, context, real_steps
-        self.games, self.codes = list(world.config.games), None
+        self.games, self.codes, self.power, self.units = list(world.config.games), None, power, units or {}
 
     @classmethod
     def fresh(cls, tokenizer, world, hidden=256, context=8):
@@ -48,7 +49,7 @@ class Agent:
         folder = Path(folder)
         for name in ('tokenizer', 'world', 'policy'):                # the tokenizer's codes are what all else is about: never in 8 bits
             getattr(self, name).save_pretrained(folder / name, torch.float16 if name == 'tokenizer' and dtype == torch.int8 else dtype)
-        write_json(folder / 'config.json', {'class': 'Agent', 'context': self.context, 'real_steps': self.real_steps})
+        write_json(folder / 'config.json', {'class': 'Agent', 'context': self.context, 'real_steps': self.real_steps, 'power': self.power, 'units': self.units})
         return folder
 
     @classmethod
@@ -56,7 +57,7 @@ class Agent:
         folder = Path(folder)
         config = read_json(folder / 'config.json', {})
         require(config.get('class') == 'Agent', f'{folder} does not hold an Agent: expected the folder that Agent.save_pretrained wrote')
-        return cls(Tokenizer.from_pretrained(folder / 'tokenizer', device), WorldModel.from_pretrained(folder / 'world', device), ActorCritic.from_pretrained(folder / 'policy', device), config['context'], config.get('real_steps', 0))
+        return cls(Tokenizer.from_pretrained(folder / 'tokenizer', device), WorldModel.from_pretrained(folder / 'world', device), ActorCritic.from_pretrained(folder / 'policy', device), config['context'], config.get('real_steps', 0), config.get('power', 0.), config.get('units'))
 
     def start(self, game, n, seed=0):
         names = [game] * n if isinstance(game, str) else list(game)
@@ -66,6 +67,10 @@ class Agent:
         self.mask = torch.from_numpy(np.stack([action_mask(g) for g in names])).to(self.device)
         self.generator, self.codes, self.last_value = torch.Generator().manual_seed(derive(seed, 'agent')), None, np.zeros(n, np.float32)
         for m in (self.tokenizer, self.world, self.policy): m.eval()
+
+    def paid(self, game, reward):
+        "What its dreams would pay for a `reward` of `game`, a number or an array (@eq-power)."
+        return np.sign(reward) * np.abs(reward / self.units.get(game, 1.)) ** self.power
 
     def sees(self, codes, actions, game):
         "What the policy is shown, float [n, F], after the frames `codes` [n, C, P, L] of `game` int64 [n] and the `actions` [n, C - 1] between them."
@@ -154,12 +159,12 @@ def join_tokens(parts):
     return Tokens(**cat, episode=torch.cat([p.episode + int(o) for p, o in zip(parts, offset, strict=False)]))
 
 # %% ../nbs/10_agent.ipynb #improve
-def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=None, real_rows=1_200, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, desc='dreaming'):
+def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=None, real_rows=1_200, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, power=0., desc='dreaming'):
     """Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, of all and of each game, PPO's metrics).
-    With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight. With `real` (of `real_returns`)
+    With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight, and with `power` the rewards that @eq-power says. With `real` (of `real_returns`)
     the critic learns in each iteration from `real_rows` of its states too (@eq-grounded)."""
-    envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True, foresight=foresight)
-    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix, *([len(real[1]), real_rows] if real else [])), 0, []
+    envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True, foresight=foresight, power=power)
+    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix, *([len(real[1]), real_rows] if real else []), *([power] if power else [])), 0, []
     saved = load_checkpoint(checkpoint, mark)
     if saved: ppo.load_state(saved['ppo']); first, history = saved['step'], saved['history']
     def whole(codes, actions, game, order, *met):                                        # an iteration as one graph
@@ -195,21 +200,20 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=Non
 REAL = 45_000                     # states of the real game that a round keeps at hand for its critic
 
 @torch.no_grad()
-def real_returns(agent, data, gamma, n, since=None, seed=0, settled=300):
+def real_returns(agent, data, gamma, n, since=None, seed=0, settled=300, power=0.):
     """What the critic is held to (@eq-grounded): `(obs float [M, F], returns float [M], game int64 [M])` of about `n` steps of the real game in `data` {game: Tokens}, from step `since[game]` on:
-    what `agent` sees there, and the signs of the rewards from there to the end of the life, discounted by `gamma`. Steps from which the life was followed for fewer than `settled` steps, and not to its end, are left out; None where no step is left."""
+    what `agent` sees there, and the rewards from there to the end of the life (their signs, or what @eq-power makes of them), discounted by `gamma`. Steps from which the life was followed for fewer than `settled` steps, and not to its end, are left out; None where no step is left."""
     agent.world.eval(); out, C = [], agent.context
     for g, d in data.items():
-        r, done, last = d.rewards.sign().tolist(), d.done.tolist(), (d.episode[1:] != d.episode[:-1]).tolist() + [True]
-        returns, known, G, wait = np.zeros(len(d), np.float32), np.zeros(len(d), bool), 0., 0
-        for t in reversed(range(len(d))):
-            if done[t] or last[t]: G, wait = 0., 0 if done[t] else settled
-            returns[t], known[t], wait = (G := r[t] + gamma * G), wait <= 0, wait - 1
-        start = d.windows(C)
+        stop, nothing, at = d.done | F.pad(d.episode[1:] != d.episode[:-1], (0, 1), value=True), torch.zeros(len(d), 1), np.arange(len(d))
+        paid = d.rewards.sign() * (d.rewards.abs() / unit_of(d.rewards)) ** power
+        returns = gae(paid[:, None], nothing, nothing, stop[:, None], stop[:, None], gamma, 1.)[:, 0]           # of a critic that expects nothing
+        end, start = np.minimum.accumulate(np.where(stop, at, len(d))[::-1])[::-1], d.windows(C)
+        known = d.done.numpy()[end] | (end - at >= settled)
         start = start[~np.stack([d.done.numpy()[start + k] for k in range(C - 1)]).any(0) & known[start + C - 1] & (start >= (since[g] if since else 0))]
         for part in np.array_split(np.sort(rng_for(seed, 'real', g).permutation(start)[:max(1, n // len(data))]), 1 + n // 1000):
             at, game = torch.from_numpy(part[:, None] + np.arange(C)), torch.full((len(part),), agent.games.index(g), device=agent.device)
-            if len(part): out.append((agent.sees(d.codes[at].to(agent.device), d.actions[at[:, :-1]].to(agent.device), game), torch.from_numpy(returns[part + C - 1]).to(agent.device), game))
+            if len(part): out.append((agent.sees(d.codes[at].to(agent.device), d.actions[at[:, :-1]].to(agent.device), game), returns[part + C - 1].to(agent.device), game))
     return tuple(torch.cat(x) for x in zip(*out, strict=True)) if out else None
 
 
@@ -234,6 +238,7 @@ class LoopConfig:
     begin_lr: float = 1e-3
     tokenizer_lr: float = 5e-4  # after the beginning, where it is four times that
     mix: float = .01          # share of a uniform choice among the legal actions in the policy
+    power: float = 0.         # of a reward in what a dream pays for it (@eq-power); 0 for its sign
     foresight: bool = True    # the dreams pay for a step the mean of what all states said of it
     grid: int = 3             # cells a side of fresh models' frames
     contrast: int = 10        # steps of contrastive prediction of a fresh world model; 0 for none
@@ -294,6 +299,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         agent.tokenizer.load_state_dict(saved['tokenizer']); agent.world.load_state_dict(saved['world']); agent.world.config.tokenizer = agent.tokenizer.hash()
         ppo.load_state(saved['ppo'])
     agent.policy.config.mix, agent.world.config.corrupt, agent.world.config.ending = c.mix, c.corrupt, c.ending
+    agent.power, agent.units = c.power, {g: unit_of(np.concatenate([e.rewards for e in parts])) for g, parts in replay.items()}
     steps, before = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known
     for r in range(min(len(history), c.rounds)):
         for g in replay: replay[g].append(load_stored(stage, f'{name}-replay-{g}-{r}'))
@@ -301,8 +307,8 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         last, fed = r == c.rounds, steps() > known
         now = replace(c, **{k: c.last * getattr(c, k) for k in ('tokenizer_steps', 'world_steps', 'iterations')}) if last else c
         data, recent = study(stage, agent, replay, now, r, c.last if last else 1)
-        real = real_returns(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r)) if c.real_rows else None
-        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, desc=f'round {r}: dreaming')
+        real = real_returns(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r), power=c.power) if c.real_rows else None
+        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, power=c.power, desc=f'round {r}: dreaming')
         curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
         tail = curve[-max(1, len(curve) // 5):]
         row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
@@ -349,12 +355,12 @@ def study(stage, agent, replay, c, r, newest=1):
 
 # %% ../nbs/10_agent.ipynb #going-on
 def going_on(c):
-    "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it, both times at a rate that falls to zero and with a critic that is held to the real game."
-    return replace(c, rounds=1, iterations=2 * c.iterations, falling=True, real_rows=1_200, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
+    "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it, both times at a rate that falls to zero with a critic that is held to the real game and dreams that pay the root of points, as it was shipped."
+    return replace(c, rounds=1, iterations=2 * c.iterations, falling=True, real_rows=1_200, power=.5, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
 
 def dreaming_on(c, whole):
     "The loop for an agent that has learned before and plays nothing new: it dreams four times as long as in a round. If its replay is the `whole` of what it learned from, its model studies as long before; of a part it would learn by heart, so it stays as it is."
-    return replace(c, rounds=0, last=4, real_rows=1_200, first=0, begin_tokenizer=0, begin_world=4 * c.world_steps * whole, begin_lr=c.world_lr)
+    return replace(c, rounds=0, last=4, real_rows=1_200, power=.5, first=0, begin_tokenizer=0, begin_world=4 * c.world_steps * whole, begin_lr=c.world_lr)
 
 def first_play(stage, agent, c):
     "What `agent` plays before its first round, {game: Episodes}; stored as seeds and actions, and not played again if it is there."

@@ -19,10 +19,10 @@ from .hrvq import BALL_BOX, Tokenizer, ball_position
 from .world import WorldModel, f1, load_tokens, token_batches, uniform
 
 # %% auto #0
-__all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv', 'make_dream',
-           'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate', 'untouched_within',
-           'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of', 'balls_back', 'endings_told',
-           'dream_gif', 'reliability']
+__all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'unit_of', 'Foresight', 'DreamVectorEnv', 'DreamEnv',
+           'make_dream', 'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate',
+           'untouched_within', 'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of',
+           'balls_back', 'endings_told', 'dream_gif', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -62,22 +62,28 @@ def observe(z_BP, before_BP, hidden_BD):
     return torch.cat([z_BP.flatten(1), before_BP.flatten(1), hidden_BD.float()], 1)
 
 # %% ../nbs/08_dream.ipynb #foresight
+def unit_of(rewards):
+    "The smallest reward in `rewards` [N], tensor or array, whatever its sign, or 1 where there is none: what one pellet, brick or point counts."
+    some = abs(rewards[rewards != 0])
+    return float(some.min()) if len(some) else 1.
+
 class Foresight:
-    "@eq-foresight for rows of dreams whose last real state is `hidden` float [n, D]: called with the state after each step, it returns the reward of that step, float [n]."
-    def __init__(self, world, hidden):
+    "@eq-foresight for rows of dreams whose last real state is `hidden` float [n, D]: called with the state after each step, it returns the reward of that step, float [n]. With `power` and `unit` float [n] it is that of sign(r) |r / unit|^power in the place of signs."
+    def __init__(self, world, hidden, power=0., unit=None):
+        self.power, self.scale = power, torch.ones(len(hidden), device=hidden.device) if unit is None else unit ** -power
         self.head, self.sum, self.count = world.reward, *(hidden.new_zeros(len(hidden), world.reward.ahead) for _ in range(2))
         self.restart(slice(None), hidden)
 
     @torch.no_grad()
-    def signs(self, hidden): return self.head.sign(self.head(hidden)[:, :, None])      # [n, A]
+    def said(self, hidden, rows=slice(None)): return self.head.power(self.head(hidden)[:, :, None], self.power) * self.scale[rows, None]      # [n, A]
 
     def restart(self, rows, hidden):
         "The dreams `rows` begin anew from `hidden`."
         self.sum[rows], self.count[rows] = 0., 0.
-        self.sum[rows, :-1], self.count[rows, :-1] = self.signs(hidden)[:, 1:], 1.
+        self.sum[rows, :-1], self.count[rows, :-1] = self.said(hidden, rows)[:, 1:], 1.
 
     def __call__(self, hidden):
-        total, count = self.sum + self.signs(hidden), self.count + 1
+        total, count = self.sum + self.said(hidden), self.count + 1
         self.sum, self.count = torch.nn.functional.pad(total[:, 1:], (0, 1)), torch.nn.functional.pad(count[:, 1:], (0, 1))
         return total[:, 0] / count[:, 0]
 
@@ -85,13 +91,14 @@ class Foresight:
 class DreamVectorEnv(gym.vector.VectorEnv):
     """`num_envs` dreams of a `WorldModel`, started from `Contexts`.
 
-    Observations float32 [n, F] (`observation_size`), rewards the expected sign (with `foresight` @eq-foresight), `terminated` sampled, `truncated` at `horizon`;
+    Observations float32 [n, F] (`observation_size`), rewards the expected sign (with `foresight` @eq-foresight, and then with `power` that of sign(r) |r / unit|^power, where a game's unit is the smallest reward in `contexts`), `terminated` sampled, `truncated` at `horizon`;
     `infos['action_mask']` int8 [n, 18], `infos['game']`. With `tensors=True` everything stays a torch tensor on the model's device."""
     metadata = {'autoreset_mode': AutoresetMode.DISABLED, 'render_modes': ['rgb_array']}
 
-    def __init__(self, world, contexts, num_envs, horizon=16, temperature=(.5, 0., 0.), tensors=False, tokenizer=None, foresight=False):
+    def __init__(self, world, contexts, num_envs, horizon=16, temperature=(.5, 0., 0.), tensors=False, tokenizer=None, foresight=False, power=0.):
         if tokenizer is not None: world.check_tokenizer(tokenizer)
         require(isinstance(temperature, (tuple, list)) and len(temperature) == world.config.levels and min(temperature) >= 0, f'expected one temperature from 0 on for each of {world.config.levels} levels, got {temperature}')
+        require(power == 0 or foresight and power > 0, f'power is 0 or more, and more than 0 only with foresight, got power {power} and foresight {foresight}')
         require(num_envs >= 1, f'num_envs must be at least 1, got {num_envs}')
         self.world, self.contexts, self.num_envs, self.horizon, self.temperature, self.tensors, self.tokenizer, self.foresight = world, contexts, num_envs, horizon, temperature, tensors, tokenizer, foresight
         self.render_mode = 'rgb_array' if tokenizer is not None else None
@@ -100,6 +107,7 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.single_action_space, self.action_space = gym.spaces.Discrete(ACTIONS), gym.spaces.MultiDiscrete([ACTIONS] * num_envs)
         self.masks = torch.from_numpy(np.stack([action_mask(g) for g in world.config.games])).to(self.device)
+        self.power, self.units = power, torch.tensor([unit_of(contexts.data[g].rewards) if g in contexts.data else 1. for g in world.config.games], device=self.device)
         self.cache, self.rng = None, np.random.default_rng(0)
 
     def reset(self, *, seed=None, options=None):
@@ -127,7 +135,7 @@ class DreamVectorEnv(gym.vector.VectorEnv):
     def begin(self, codes, actions, game):
         "All dreams anew from these contexts, see `Contexts`; what `reset` returns."
         self.cache = self.world.start(codes, actions, game)
-        self.foreseen = Foresight(self.world, self.cache.hidden) if self.foresight else None
+        self.foreseen = Foresight(self.world, self.cache.hidden, self.power, self.units[self.cache.game]) if self.foresight else None
         self.age, self.over = torch.zeros(self.num_envs, dtype=torch.long, device=self.device), torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         return self._observation(), self._info()
 

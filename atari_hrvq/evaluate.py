@@ -58,7 +58,7 @@ def steps_to_reach(steps, scores, target):
 # %% ../nbs/11_evaluate.ipynb #evaluate
 def evaluate(agent, game, episodes, seed=0, greedy=False, max_steps=27_000, protocol='atari100k', desc=None):
     """Full games of `game`. Returns one dict an episode: `return` (unclipped), `steps` (agent steps, four frames each), `finished`,
-    and of each step `values` (what the critic thought of what it saw), `signs` of the rewards and `lost` (a life, or the game).
+    and of each step `values` (what the critic thought of what it saw), `paid` (for its reward, as the critic's dreams pay) and `lost` (a life, or the game).
 
     `agent` has `start(game, n, seed)`, `act(frames uint8 [n, 4, 84, 84], restart bool [n], greedy)` and then `last_value` [n]. The same seed gives the same games.
     An episode that reaches `max_steps` is cut and says `finished: False`; the protocol's own end after 30 minutes (27,000 steps) counts as finished."""
@@ -67,15 +67,15 @@ def evaluate(agent, game, episodes, seed=0, greedy=False, max_steps=27_000, prot
     envs = [make_env(game, protocol) for _ in range(episodes)]
     for env in envs: check_full_game(env)
     now = [env.reset(seed=derive(seed, 'evaluate', game, i) % 2**31)[0] for i, env in enumerate(envs)]
-    agent.start(game, episodes, derive(seed, 'evaluate', game))
-    out, live, restart = [{'return': 0., 'steps': 0, 'finished': False, 'values': [], 'signs': [], 'lost': []} for _ in envs], np.ones(episodes, bool), np.ones(episodes, bool)
+    agent.start(game, episodes, derive(seed, 'evaluate', game)); paid = getattr(agent, 'paid', lambda game, reward: np.sign(reward))
+    out, live, restart = [{'return': 0., 'steps': 0, 'finished': False, 'values': [], 'paid': [], 'lost': []} for _ in envs], np.ones(episodes, bool), np.ones(episodes, bool)
     for _ in progress(range(max_steps), desc or f'evaluating {game}'):
         actions = agent.act(np.stack(now), restart, greedy)
         restart[:] = False
         for i in np.flatnonzero(live):
             now[i], reward, terminated, truncated, info = envs[i].step(int(actions[i]))
             out[i]['return'] += reward; out[i]['steps'] += 1
-            for k, x in (('values', float(agent.last_value[i])), ('signs', float(np.sign(reward))), ('lost', bool(info['life_lost'] or terminated))): out[i][k].append(x)
+            for k, x in (('values', float(agent.last_value[i])), ('paid', float(paid(game, reward))), ('lost', bool(info['life_lost'] or terminated))): out[i][k].append(x)
             if terminated or truncated: out[i]['finished'], live[i] = True, False
         if not live.any(): break
     for env in envs: env.close()
@@ -90,15 +90,15 @@ def check_full_game(env):
         layer = layer.env
 
 # %% ../nbs/11_evaluate.ipynb #realised
-def realised(signs, lost, gamma):
-    "`G_t = r_t + gamma (1 - d_t) G_{t+1}`, float [T], of the signs of rewards [T] and whether a life was lost with the step [T]."
-    r, none, over = torch.tensor(signs, dtype=torch.float64)[:, None], torch.zeros(len(signs), 1, dtype=torch.float64), torch.tensor(lost, dtype=torch.bool)[:, None]
+def realised(paid, lost, gamma):
+    "`G_t = r_t + gamma (1 - d_t) G_{t+1}`, float [T], of what was `paid` [T] and whether a life was lost with the step [T]."
+    r, none, over = torch.tensor(paid, dtype=torch.float64)[:, None], torch.zeros(len(paid), 1, dtype=torch.float64), torch.tensor(lost, dtype=torch.bool)[:, None]
     return gae(r, none, none, over, over, gamma, 1.)[:, 0].numpy()                # the advantage over a critic that expects nothing, with lambda = 1
 
 def value_calibration(episodes, gamma, bins=8, seed=0):
     """How the critic's values compare with what came: `(rows, correlation, lo, hi, bias)` of what `evaluate` returned. `rows`: (mean value, mean return, steps)
     of equally full bins of values; the interval is over redrawn episodes; `bias` is the mean of value minus return. Cut games are left out: nobody saw how they went on."""
-    whole = [(np.asarray(e['values']), realised(e['signs'], e['lost'], gamma)) for e in episodes if e['finished']]
+    whole = [(np.asarray(e['values']), realised(e['paid'], e['lost'], gamma)) for e in episodes if e['finished']]
     require(whole, 'no game was played to its end, so no return is known: raise max_steps')
     v, g = (np.concatenate(x) for x in zip(*whole, strict=True))
     def correlation(parts):

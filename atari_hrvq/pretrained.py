@@ -63,7 +63,7 @@ def halved(agent, folder):
     tokenizer = Tokenizer.from_pretrained(folder / 'tokenizer')
     world = WorldModel(replace(agent.world.config)); world.load_state_dict(agent.world.state_dict())
     world.follow(tokenizer)
-    Agent(tokenizer, world, agent.policy.cpu(), agent.context, agent.real_steps).save_pretrained(folder, small)
+    Agent(tokenizer, world, agent.policy.cpu(), agent.context, agent.real_steps, agent.power, agent.units).save_pretrained(folder, small)
     return Agent.from_pretrained(folder)
 
 def seal(folder, made):

@@ -275,6 +275,10 @@ class RewardHead(nn.Module):
         "From logits [..., A, n]: the expected sign of this step's reward, -1..1, and the expected reward in the game's own points."
         return (logits[..., 0, :].float().softmax(-1) @ self.read).unbind(-1)
 
+    def power(self, logits, power):
+        "The expected sign(r) |r|^`power` of this step's reward r, in the game's own points: its sign at 0, its points at 1."
+        return logits[..., 0, :].float().softmax(-1) @ (self.bins.sign() * self.read[:, 1].abs() ** power)
+
     def sign(self, logits): return self.expect(logits)[0]
     def points(self, logits): return self.expect(logits)[1]
 

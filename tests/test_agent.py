@@ -249,7 +249,7 @@ def test_what_the_critic_is_held_to(parts):
     agent = fresh(parts)[0]
     whole = tokenise(agent.tokenizer, parts[1]['breakout'])
     t = lambda *x: torch.tensor(x)
-    tokens = Tokens(whole.codes[:12], whole.actions[:12], t(0., 3., 0., 0., 1., 0., -2., 0., 0., 0., 0., 5.), t(*[k in (4, 9) for k in range(12)]), t(*[0] * 10, 1, 1))       # two lives; an episode that is cut
+    tokens = Tokens(whole.codes[:12], whole.actions[:12], t(0., 3., 0., 0., 4., 0., -2., 0., 0., 0., 0., 5.), t(*[k in (4, 9) for k in range(12)]), t(*[0] * 10, 1, 1))       # two lives; an episode that is cut
     obs, returns, game = real_returns(agent, {'breakout': tokens}, .5, 100)
     known = {2: .25, 3: .5, 4: 1., 7: 0., 8: 0., 9: 0.}                  # a context is three frames in one life; what was cut off is not known
     assert returns.tolist() == pytest.approx(list(known.values())) and game.tolist() == [1] * 6
@@ -258,6 +258,7 @@ def test_what_the_critic_is_held_to(parts):
     assert real_returns(agent, {'breakout': tokens}, .5, 100, {'breakout': 6})[1].tolist() == [0., 0.]           # of the newest play
     assert 11 - 2 not in real_returns(agent, {'breakout': tokens}, .5, 100, settled=1)[2].tolist() and len(real_returns(agent, {'breakout': tokens}, .5, 2)[1]) == 2
     assert real_returns(agent, {'breakout': tokens}, .5, 100, {'breakout': 10}) is None
+    for power, paid in ((.5, 2 ** .5), (1., 2.)): assert real_returns(agent, {'breakout': tokens}, .5, 100, power=power)[1].tolist()[:3] == pytest.approx([paid / 4, paid / 2, paid])     # 4 points where the smallest reward is 2
 
 
 def test_the_critic_learns_what_the_real_game_paid(parts):
@@ -269,6 +270,15 @@ def test_the_critic_learns_what_the_real_game_paid(parts):
         improve(pupil, PPO(pupil.policy, ppo.config), Contexts(tokens, GAMES, agent.context), 30, 6, 4, 0, real=real, real_rows=24)
         with torch.no_grad(): said.append(float(pupil.policy(obs)[1].mean()))
     assert abs(said[0]) < .3 and said[1] > said[0] + .5, said            # the dreams pay next to nothing
+
+
+def test_an_agent_knows_what_its_dreams_paid(parts, whole, tmp_path):
+    agent = whole[5]
+    assert agent.power == 0 and agent.units == {'pong': 1., 'breakout': 1.} and agent.paid('pong', -1.) == -1 and agent.paid('breakout', 0.) == 0
+    agent.power, agent.units = .5, {'breakout': 4.}
+    again = Agent.from_pretrained(agent.save_pretrained(tmp_path / 'agent'))
+    assert again.paid('breakout', np.array([0., -4., 16.])).tolist() == [0., -1., 2.] and again.power == .5
+    agent.power, agent.units = 0., {'pong': 1., 'breakout': 1.}
 
 
 def test_dreams_are_counted_by_depth(parts):

@@ -71,18 +71,18 @@ def test_bad_input(call, message):
 @given(T=st.integers(1, 40), seed=st.integers(0, 999), gamma=st.floats(0, 1))
 def test_what_came_is_the_naive_sum(T, seed, gamma):
     rng = np.random.default_rng(seed)
-    signs, lost = rng.choice([-1., 0., 1.], T), rng.random(T) < .2
-    for t, g in enumerate(realised(signs, lost, gamma)):
+    paid, lost = rng.choice([-1., 0., 1.], T), rng.random(T) < .2
+    for t, g in enumerate(realised(paid, lost, gamma)):
         end = next((k for k in range(t, T) if lost[k]), T - 1)
-        assert abs(g - sum(gamma ** (k - t) * signs[k] for k in range(t, end + 1))) < 1e-9
+        assert abs(g - sum(gamma ** (k - t) * paid[k] for k in range(t, end + 1))) < 1e-9
 
 
 def test_a_critic_that_knows_is_told_from_one_that_guesses():
     rng = np.random.default_rng(0)
     def game(know):
-        signs, lost = rng.choice([0., 1.], 200, p=[.9, .1]), rng.random(200) < .02
-        true = realised(signs, lost, .9)
-        return {'finished': True, 'signs': signs.tolist(), 'lost': lost.tolist(), 'values': (true + .5 if know else rng.permutation(true)).tolist()}
+        paid, lost = rng.choice([0., 1.], 200, p=[.9, .1]), rng.random(200) < .02
+        true = realised(paid, lost, .9)
+        return {'finished': True, 'paid': paid.tolist(), 'lost': lost.tolist(), 'values': (true + .5 if know else rng.permutation(true)).tolist()}
     rows, r, lo, hi, bias = value_calibration([game(True) for _ in range(6)], .9)
     assert r > .999 and lo <= r <= hi + 1e-9 and abs(bias - .5) < 1e-9 and sum(n for _, _, n in rows) == 1200 and all(abs(v - g - .5) < 1e-9 for v, g, _ in rows)
     _, r, lo, hi, _ = value_calibration([game(False) for _ in range(6)], .9)
@@ -92,5 +92,5 @@ def test_a_critic_that_knows_is_told_from_one_that_guesses():
 
 def test_an_evaluation_keeps_what_the_critic_said_and_which_steps_lost_a_life():
     game, = evaluate(RandomAgent(), 'breakout', 1, seed=0)
-    assert len(game['values']) == len(game['signs']) == len(game['lost']) == game['steps'] and sum(game['lost']) == 5 and game['lost'][-1]
-    assert sum(game['signs']) <= game['return'] and set(game['signs']) <= {0., 1.}
+    assert len(game['values']) == len(game['paid']) == len(game['lost']) == game['steps'] and sum(game['lost']) == 5 and game['lost'][-1]
+    assert sum(game['paid']) <= game['return'] and set(game['paid']) <= {0., 1.}

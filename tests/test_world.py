@@ -69,11 +69,20 @@ def test_the_contrast_needs_the_actions(learnt):
     assert right < wrong
 
 
+def test_a_reward_may_be_paid_by_its_power():
+    head, bins = make().reward, make().reward.bins
+    logits = torch.full((3, 1, len(bins)), -1e9)
+    for row, b in enumerate((len(bins) // 2, len(bins) // 2 + 2, len(bins) // 2 - 3)): logits[row, 0, b] = 0.
+    points = head.points(logits)
+    assert torch.allclose(head.power(logits, 0.), head.sign(logits)) and torch.allclose(head.power(logits, 1.), points)
+    assert torch.allclose(head.power(logits, .5), points.sign() * points.abs().sqrt()) and head.power(logits, .5)[0] == 0
+
+
 def test_endings_weigh_what_they_are_told_to():
     model, batch = make().eval(), token_batches({'breakout': toy()}, 16, 8)(np.random.default_rng(0))
     def loss(weight):
         model.config.ending = weight; torch.manual_seed(0)
-        return model.loss(*batch)
+        with torch.no_grad(): return model.loss(*batch)
     (one, parts), (five, same) = loss(1.), loss(5.)
     assert float(five - one) == pytest.approx(4 * float(parts['proceed']), rel=1e-3) and parts['proceed'] == same['proceed'] > 0
 
@@ -208,7 +217,7 @@ def test_foresight_pays_the_mean_of_all_that_was_said(learnt):
     from atari_hrvq.dream import Foresight
     world = SimpleNamespace(reward=SimpleNamespace(ahead=3))
     class Linear(Foresight):
-        def signs(self, hidden): return hidden * torch.tensor([1., 2., 3.]) / 10
+        def said(self, hidden, rows=slice(None)): return hidden * torch.tensor([1., 2., 3.]) / 10
     f, h = Linear(world, torch.tensor([[1.], [2.]])), torch.tensor([[4.], [4.]])
     first, second = f(h), f(h)
     assert torch.allclose(first, torch.tensor([(.2 + .4) / 2, (.4 + .4) / 2]))                # said one step ahead by the real state, and now
@@ -217,7 +226,7 @@ def test_foresight_pays_the_mean_of_all_that_was_said(learnt):
     assert torch.allclose(f(h), torch.tensor([(1.2 + .8 + .4) / 3, (0. + .4) / 2]))
     e, plain = envs(learnt, 8, foresight=True), envs(learnt, 8)
     e.reset(seed=0); plain.reset(seed=0)
-    said = lambda h, j: Foresight(learnt, h[:1]).signs(h)[:, j].numpy()
+    said = lambda h, j: Foresight(learnt, h[:1]).said(h)[:, j].numpy()
     states, paid = [e.cache.hidden], []
     for t in range(4):
         live = ~e.over.numpy()
@@ -231,6 +240,9 @@ def test_foresight_pays_the_mean_of_all_that_was_said(learnt):
     start = e.cache.hidden[:1].clone()
     reward = e.step(np.full(8, 3))[1]
     assert np.isclose(reward[0], (said(start, 1) + said(e.cache.hidden[:1], 0))[0] / 2, atol=1e-6)
+    root = Foresight(learnt, start, .5, torch.tensor([4.])).said(start)
+    assert torch.allclose(root, learnt.reward.power(learnt.reward(start)[:, :, None], .5) / 2, atol=1e-6)     # in units of 4 points
+    with pytest.raises(BookError, match='power is 0 or more, and more than 0 only with foresight'): envs(learnt, 8, power=.5)
 
 
 def test_a_long_dream_keeps_its_rules_in_memory_of_fixed_size(learnt):

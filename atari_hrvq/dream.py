@@ -107,7 +107,7 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.single_action_space, self.action_space = gym.spaces.Discrete(ACTIONS), gym.spaces.MultiDiscrete([ACTIONS] * num_envs)
         self.masks = torch.from_numpy(np.stack([action_mask(g) for g in world.config.games])).to(self.device)
-        self.power, self.units = power, torch.tensor([unit_of(contexts.data[g].rewards) if g in contexts.data else 1. for g in world.config.games], device=self.device)
+        self.power, self.units = power, torch.tensor([unit_of(contexts.data[g].rewards) if power and g in contexts.data else 1. for g in world.config.games], device=self.device)
         self.cache, self.rng = None, np.random.default_rng(0)
 
     def reset(self, *, seed=None, options=None):

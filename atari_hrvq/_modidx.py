@@ -270,7 +270,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                   'atari_hrvq.dream.reliability': ('dream.html#reliability', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.told_apart': ('dream.html#told_apart', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.told_of': ('dream.html#told_of', 'atari_hrvq/dream.py'),
-                                  'atari_hrvq.dream.unit_of': ('dream.html#unit_of', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.untouched_within': ('dream.html#untouched_within', 'atari_hrvq/dream.py')},
             'atari_hrvq.encoder': { 'atari_hrvq.encoder.Background': ('encoder.html#background', 'atari_hrvq/encoder.py'),
                                     'atari_hrvq.encoder.Background.__init__': ('encoder.html#background.__init__', 'atari_hrvq/encoder.py'),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive, drop_checkpoint, file_hash, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json,
                              repo_path, require, rng_for, save_checkpoint, seed_all, set_rate, write_json)
-from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of, unit_of
+from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
 from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
 from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, gae, rollout, score_of_play
@@ -159,12 +159,12 @@ def join_tokens(parts):
     return Tokens(**cat, episode=torch.cat([p.episode + int(o) for p, o in zip(parts, offset, strict=False)]))
 
 # %% ../nbs/10_agent.ipynb #improve
-def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=None, real_rows=1_200, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, power=0., desc='dreaming'):
+def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=None, real_rows=1_200, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, desc='dreaming'):
     """Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, of all and of each game, PPO's metrics).
-    With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight, and with `power` the rewards that @eq-power says. With `real` (of `real_returns`)
+    With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight, of rewards as `agent.paid` has them. With `real` (of `real_returns`)
     the critic learns in each iteration from `real_rows` of its states too (@eq-grounded)."""
-    envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True, foresight=foresight, power=power)
-    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix, *([len(real[1]), real_rows] if real else []), *([power] if power else [])), 0, []
+    envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True, foresight=foresight, power=agent.power, units=agent.units)
+    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix, *([len(real[1]), real_rows] if real else []), *([agent.power, agent.units] if agent.power else [])), 0, []
     saved = load_checkpoint(checkpoint, mark)
     if saved: ppo.load_state(saved['ppo']); first, history = saved['step'], saved['history']
     def whole(codes, actions, game, order, *met):                                        # an iteration as one graph
@@ -200,14 +200,13 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=Non
 REAL = 45_000                     # states of the real game that a round keeps at hand for its critic
 
 @torch.no_grad()
-def real_returns(agent, data, gamma, n, since=None, seed=0, settled=300, power=0.):
+def real_returns(agent, data, gamma, n, since=None, seed=0, settled=300):
     """What the critic is held to (@eq-grounded): `(obs float [M, F], returns float [M], game int64 [M])` of about `n` steps of the real game in `data` {game: Tokens}, from step `since[game]` on:
-    what `agent` sees there, and the rewards from there to the end of the life (their signs, or what @eq-power makes of them), discounted by `gamma`. Steps from which the life was followed for fewer than `settled` steps, and not to its end, are left out; None where no step is left."""
+    what `agent` sees there, and the rewards from there to the end of the life (as `agent.paid` has them), discounted by `gamma`. Steps from which the life was followed for fewer than `settled` steps, and not to its end, are left out; None where no step is left."""
     agent.world.eval(); out, C = [], agent.context
     for g, d in data.items():
         stop, nothing, at = d.done | F.pad(d.episode[1:] != d.episode[:-1], (0, 1), value=True), torch.zeros(len(d), 1), np.arange(len(d))
-        paid = d.rewards.sign() * (d.rewards.abs() / unit_of(d.rewards)) ** power
-        returns = gae(paid[:, None], nothing, nothing, stop[:, None], stop[:, None], gamma, 1.)[:, 0]           # of a critic that expects nothing
+        returns = gae(torch.as_tensor(agent.paid(g, d.rewards.numpy()))[:, None], nothing, nothing, stop[:, None], stop[:, None], gamma, 1.)[:, 0]           # of a critic that expects nothing
         end, start = np.minimum.accumulate(np.where(stop, at, len(d))[::-1])[::-1], d.windows(C)
         known = d.done.numpy()[end] | (end - at >= settled)
         start = start[~np.stack([d.done.numpy()[start + k] for k in range(C - 1)]).any(0) & known[start + C - 1] & (start >= (since[g] if since else 0))]
@@ -299,7 +298,10 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         agent.tokenizer.load_state_dict(saved['tokenizer']); agent.world.load_state_dict(saved['world']); agent.world.config.tokenizer = agent.tokenizer.hash()
         ppo.load_state(saved['ppo'])
     agent.policy.config.mix, agent.world.config.corrupt, agent.world.config.ending = c.mix, c.corrupt, c.ending
-    agent.power, agent.units = c.power, {g: unit_of(np.concatenate([e.rewards for e in parts])) for g, parts in replay.items()}
+    agent.power = c.power
+    for g, parts in replay.items():                                      # a reward smaller than any before it is the new unit
+        seen = np.abs(np.concatenate([e.rewards for e in parts]))
+        if seen.any(): agent.units[g] = min(float(seen[seen > 0].min()), agent.units.get(g, np.inf))
     steps, before = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known
     for r in range(min(len(history), c.rounds)):
         for g in replay: replay[g].append(load_stored(stage, f'{name}-replay-{g}-{r}'))
@@ -307,8 +309,8 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         last, fed = r == c.rounds, steps() > known
         now = replace(c, **{k: c.last * getattr(c, k) for k in ('tokenizer_steps', 'world_steps', 'iterations')}) if last else c
         data, recent = study(stage, agent, replay, now, r, c.last if last else 1)
-        real = real_returns(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r), power=c.power) if c.real_rows else None
-        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, power=c.power, desc=f'round {r}: dreaming')
+        real = real_returns(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r)) if c.real_rows else None
+        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, desc=f'round {r}: dreaming')
         curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
         tail = curve[-max(1, len(curve) // 5):]
         row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}

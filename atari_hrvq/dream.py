@@ -19,10 +19,10 @@ from .hrvq import BALL_BOX, Tokenizer, ball_position
 from .world import WorldModel, f1, load_tokens, token_batches, uniform
 
 # %% auto #0
-__all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'unit_of', 'Foresight', 'DreamVectorEnv', 'DreamEnv',
-           'make_dream', 'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate',
-           'untouched_within', 'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of',
-           'balls_back', 'endings_told', 'dream_gif', 'reliability']
+__all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv', 'make_dream',
+           'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate', 'untouched_within',
+           'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of', 'balls_back', 'endings_told',
+           'dream_gif', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -62,11 +62,6 @@ def observe(z_BP, before_BP, hidden_BD):
     return torch.cat([z_BP.flatten(1), before_BP.flatten(1), hidden_BD.float()], 1)
 
 # %% ../nbs/08_dream.ipynb #foresight
-def unit_of(rewards):
-    "The smallest reward in `rewards` [N], tensor or array, whatever its sign, or 1 where there is none: what one pellet, brick or point counts."
-    some = abs(rewards[rewards != 0])
-    return float(some.min()) if len(some) else 1.
-
 class Foresight:
     "@eq-foresight for rows of dreams whose last real state is `hidden` float [n, D]: called with the state after each step, it returns the reward of that step, float [n]. With `power` and `unit` float [n] it is that of sign(r) |r / unit|^power in the place of signs."
     def __init__(self, world, hidden, power=0., unit=None):
@@ -91,11 +86,11 @@ class Foresight:
 class DreamVectorEnv(gym.vector.VectorEnv):
     """`num_envs` dreams of a `WorldModel`, started from `Contexts`.
 
-    Observations float32 [n, F] (`observation_size`), rewards the expected sign (with `foresight` @eq-foresight, and then with `power` that of sign(r) |r / unit|^power, where a game's unit is the smallest reward in `contexts`), `terminated` sampled, `truncated` at `horizon`;
+    Observations float32 [n, F] (`observation_size`), rewards the expected sign (with `foresight` @eq-foresight, and then with `power` that of sign(r) |r / unit|^power with the `units` {game: points}, 1 where none is said), `terminated` sampled, `truncated` at `horizon`;
     `infos['action_mask']` int8 [n, 18], `infos['game']`. With `tensors=True` everything stays a torch tensor on the model's device."""
     metadata = {'autoreset_mode': AutoresetMode.DISABLED, 'render_modes': ['rgb_array']}
 
-    def __init__(self, world, contexts, num_envs, horizon=16, temperature=(.5, 0., 0.), tensors=False, tokenizer=None, foresight=False, power=0.):
+    def __init__(self, world, contexts, num_envs, horizon=16, temperature=(.5, 0., 0.), tensors=False, tokenizer=None, foresight=False, power=0., units={}):
         if tokenizer is not None: world.check_tokenizer(tokenizer)
         require(isinstance(temperature, (tuple, list)) and len(temperature) == world.config.levels and min(temperature) >= 0, f'expected one temperature from 0 on for each of {world.config.levels} levels, got {temperature}')
         require(power == 0 or foresight and power > 0, f'power is 0 or more, and more than 0 only with foresight, got power {power} and foresight {foresight}')
@@ -107,7 +102,7 @@ class DreamVectorEnv(gym.vector.VectorEnv):
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.single_action_space, self.action_space = gym.spaces.Discrete(ACTIONS), gym.spaces.MultiDiscrete([ACTIONS] * num_envs)
         self.masks = torch.from_numpy(np.stack([action_mask(g) for g in world.config.games])).to(self.device)
-        self.power, self.units = power, torch.tensor([unit_of(contexts.data[g].rewards) if power and g in contexts.data else 1. for g in world.config.games], device=self.device)
+        self.power, self.units = power, torch.tensor([float(units.get(g, 1.)) for g in world.config.games], device=self.device)
         self.cache, self.rng = None, np.random.default_rng(0)
 
     def reset(self, *, seed=None, options=None):

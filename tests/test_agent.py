@@ -256,7 +256,9 @@ def test_what_the_critic_is_held_to(parts):
     for row, k in zip(obs, known, strict=True):
         assert torch.allclose(row, agent.sees(tokens.codes[None, k - 2:k + 1], tokens.actions[None, k - 2:k], t(1))[0], atol=1e-6)
     assert real_returns(agent, {'breakout': tokens}, .5, 100, {'breakout': 6})[1].tolist() == [0., 0.]           # of the newest play
-    assert 11 - 2 not in real_returns(agent, {'breakout': tokens}, .5, 100, settled=1)[2].tolist() and len(real_returns(agent, {'breakout': tokens}, .5, 2)[1]) == 2
+    assert len(real_returns(agent, {'breakout': tokens}, .5, 2)[1]) == 2
+    cut = replace(tokens, done=torch.zeros(12, dtype=torch.bool), episode=torch.zeros(12, dtype=torch.long))          # nothing ends, and step 11 is the last that was played
+    assert len(real_returns(agent, {'breakout': cut}, .5, 100, settled=4)[1]) == len(range(2, 8)) and real_returns(agent, {'breakout': cut}, .5, 100) is None
     assert real_returns(agent, {'breakout': tokens}, .5, 100, {'breakout': 10}) is None
     agent.units = {'breakout': 2.}
     for agent.power, paid in ((.5, 2 ** .5), (1., 2.)): assert real_returns(agent, {'breakout': tokens}, .5, 100)[1].tolist()[:3] == pytest.approx([paid / 4, paid / 2, paid])     # 4 points where the smallest reward is 2

@@ -16,7 +16,7 @@ from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive,
 from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
 from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
-from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, gae, rollout, score_of_play
+from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, realised, rollout, score_of_play
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
@@ -205,11 +205,11 @@ def real_returns(agent, data, gamma, n, since=None, seed=0, settled=300):
     what `agent` sees there, and the rewards from there to the end of the life (as `agent.paid` has them), discounted by `gamma`. Steps from which the life was followed for fewer than `settled` steps, and not to its end, are left out; None where no step is left."""
     agent.world.eval(); out, C = [], agent.context
     for g, d in data.items():
-        stop, nothing, at = d.done | F.pad(d.episode[1:] != d.episode[:-1], (0, 1), value=True), torch.zeros(len(d), 1), np.arange(len(d))
-        returns = gae(torch.as_tensor(agent.paid(g, d.rewards.numpy()))[:, None], nothing, nothing, stop[:, None], stop[:, None], gamma, 1.)[:, 0]           # of a critic that expects nothing
-        end, start = np.minimum.accumulate(np.where(stop, at, len(d))[::-1])[::-1], d.windows(C)
+        stop, at, start = d.done | F.pad(d.episode[1:] != d.episode[:-1], (0, 1), value=True), np.arange(len(d)), d.windows(C, alive=True)
+        returns = torch.from_numpy(realised(agent.paid(g, d.rewards.numpy()), stop, gamma)).float()
+        end = np.minimum.accumulate(np.where(stop, at, len(d))[::-1])[::-1]
         known = d.done.numpy()[end] | (end - at >= settled)
-        start = start[~np.stack([d.done.numpy()[start + k] for k in range(C - 1)]).any(0) & known[start + C - 1] & (start >= (since[g] if since else 0))]
+        start = start[known[start + C - 1] & (start >= (since[g] if since else 0))]
         for part in np.array_split(np.sort(rng_for(seed, 'real', g).permutation(start)[:max(1, n // len(data))]), 1 + n // 1000):
             at, game = torch.from_numpy(part[:, None] + np.arange(C)), torch.full((len(part),), agent.games.index(g), device=agent.device)
             if len(part): out.append((agent.sees(d.codes[at].to(agent.device), d.actions[at[:, :-1]].to(agent.device), game), returns[part + C - 1].to(agent.device), game))

@@ -36,9 +36,7 @@ class Contexts:
         self.data, self.length, self.share, self.reach, self.recent = data, length, hot, reach, recent
         self.ids, self.plain, self.hot = [games.index(g) for g in data], {}, {}
         for g, d in data.items():
-            start = d.windows(length)
-            alive = ~np.stack([d.done.numpy()[start + i] for i in range(length - 1)]).any(0)      # no ending inside the context
-            start = start[alive]
+            start = d.windows(length, alive=True)
             if recent and (start >= recent[g]).any(): start = np.concatenate([start, np.repeat(start[start >= recent[g]], max(1, len(start) // (start >= recent[g]).sum() - 1))])
             require(len(start), f'{g} has no stretch of {length} steps without an ending: collect more')
             total = np.concatenate([[0], np.cumsum(np.abs(d.rewards.numpy()) + d.done.numpy())])
@@ -254,8 +252,8 @@ def untouched_within(off_2MS, x_ST, there_ST, pixels=5):
 # %% ../nbs/08_dream.ipynb #events-ahead
 def events_ahead(tokens, context, reach):
     "`(starts int64 [M], {'reward': bool [M], 'end': bool [M]})`: contexts without an ending inside, and what comes in the `reach` steps from the last frame of each on, until its game is over."
-    s, done, episode = tokens.windows(context), tokens.done.numpy(), tokens.episode.numpy()
-    s = s[~np.stack([done[s + k] for k in range(context - 1)]).any(0) & (s + context - 1 + reach <= len(tokens))]
+    s, done, episode = tokens.windows(context, alive=True), tokens.done.numpy(), tokens.episode.numpy()
+    s = s[s + context - 1 + reach <= len(tokens)]
     steps = s[:, None] + context - 1 + np.arange(reach)
     counts = (np.cumsum(done[steps], 1) - done[steps] == 0) & (episode[steps] == episode[s][:, None])                  # what comes after an ending does not count
     return s, {k: (flag[steps] & counts).any(1) for k, flag in (('reward', tokens.rewards.numpy() != 0), ('end', done))}
@@ -325,7 +323,7 @@ def endings_told(world, tokens, game, context=8, early=12, late=4, most=200, see
     and where it ends none within as many steps; over `n` endings, at most `most`, and as many stretches without one. None, None, 0 where there is nothing to ask."""
     steps, done, rng = early + late, tokens.done.numpy(), rng_for(seed, 'endings', early)
     total, length = np.concatenate([[0], np.cumsum(done)]), context + early + late
-    start = np.arange(max(0, len(done) - length)); start = start[total[start + context - 1] == total[start]]      # no ending inside the context
+    start = tokens.windows(context, alive=True); start = start[start < len(done) - length]
     start = start[tokens.episode.numpy()[start] == tokens.episode.numpy()[start + context - 1 + early - 1]]
     over = done[start + context - 1 + early - 1] & (total[start + context - 1 + early - 1] == total[start + context - 1])
     none = (total[start + length] == total[start]) & (tokens.episode.numpy()[start] == tokens.episode.numpy()[start + length - 1])

@@ -12,12 +12,12 @@ from PIL import Image
 from scipy.stats import trim_mean
 from .core import GAMES, Stage, bootstrap_mean, choices, derive, progress, require, rng_for, write_atomic
 from .frames import LEGAL, action_mask, make_env
-from .ppo import ActorCritic, gae, sample
+from .ppo import ActorCritic, realised, sample
 
 # %% auto #0
 __all__ = ['RANDOM_SCORE', 'HUMAN_SCORE', 'human_normalised', 'iqm', 'bootstrap_interval', 'bootstrap_difference',
-           'steps_to_reach', 'evaluate', 'check_full_game', 'realised', 'value_calibration', 'RandomAgent',
-           'PolicyAgent', 'tournament', 'record_video']
+           'steps_to_reach', 'evaluate', 'check_full_game', 'value_calibration', 'RandomAgent', 'PolicyAgent',
+           'tournament', 'record_video']
 
 # %% ../nbs/11_evaluate.ipynb #hns
 RANDOM_SCORE = {'pong': -20.7, 'breakout': 1.7, 'ms_pacman': 307.3}
@@ -90,11 +90,6 @@ def check_full_game(env):
         layer = layer.env
 
 # %% ../nbs/11_evaluate.ipynb #realised
-def realised(paid, lost, gamma):
-    "`G_t = r_t + gamma (1 - d_t) G_{t+1}`, float [T], of what was `paid` [T] and whether a life was lost with the step [T]."
-    r, none, over = torch.tensor(paid, dtype=torch.float64)[:, None], torch.zeros(len(paid), 1, dtype=torch.float64), torch.tensor(lost, dtype=torch.bool)[:, None]
-    return gae(r, none, none, over, over, gamma, 1.)[:, 0].numpy()                # the advantage over a critic that expects nothing, with lambda = 1
-
 def value_calibration(episodes, gamma, bins=8, seed=0):
     """How the critic's values compare with what came: `(rows, correlation, lo, hi, bias)` of what `evaluate` returned. `rows`: (mean value, mean return, steps)
     of equally full bins of values; the interval is over redrawn episodes; `bias` is the mean of value minus return. Cut games are left out: nobody saw how they went on."""

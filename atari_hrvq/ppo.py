@@ -15,10 +15,10 @@ from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, mo
                              symexp, symlog, two_hot)
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'LIVES', 'POINTS', 'gae', 'ActorCriticConfig', 'mixed', 'ActorCritic', 'Rollout', 'sample', 'rollout',
-           'PPOConfig', 'mean_of', 'ppo_objective', 'reinforce_objective', 'pmpo_objective', 'by_game', 'standardised',
-           'spread', 'PPO', 'ReturnCounter', 'train_ppo', 'life_returns', 'score_of_points', 'score_of_lives',
-           'score_of_play']
+__all__ = ['OBJECTIVES', 'LIVES', 'POINTS', 'gae', 'realised', 'ActorCriticConfig', 'mixed', 'ActorCritic', 'Rollout', 'sample',
+           'rollout', 'PPOConfig', 'mean_of', 'ppo_objective', 'reinforce_objective', 'pmpo_objective', 'by_game',
+           'standardised', 'spread', 'PPO', 'ReturnCounter', 'train_ppo', 'life_returns', 'score_of_points',
+           'score_of_lives', 'score_of_play']
 
 # %% ../nbs/09_ppo.ipynb #gae
 def gae(r_TB, v_TB, v_next_TB, terminated_TB, ended_TB, gamma, lam):
@@ -29,6 +29,12 @@ def gae(r_TB, v_TB, v_next_TB, terminated_TB, ended_TB, gamma, lam):
         a = delta[t] + gamma * lam * a * ~ended_TB[t]
         a_TB[t] = a
     return a_TB
+
+def realised(paid, lost, gamma):
+    "`G_t = r_t + gamma (1 - d_t) G_{t+1}` (@eq-realised), float64 [T], of what was `paid` [T] and whether a life was lost with the step, bool [T]."
+    r, none, over = torch.as_tensor(paid, dtype=torch.float64)[:, None], torch.zeros(len(paid), 1, dtype=torch.float64), torch.as_tensor(lost, dtype=torch.bool)[:, None]
+    return gae(r, none, none, over, over, gamma, 1.)[:, 0].numpy()                # the advantage over a critic that expects nothing, with lambda = 1
+
 
 # %% ../nbs/09_ppo.ipynb #policy
 @dataclass

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from atari_hrvq.core import BookError
-from atari_hrvq.evaluate import RandomAgent, bootstrap_difference, bootstrap_interval, check_full_game, evaluate, human_normalised, iqm, realised, steps_to_reach, tournament, value_calibration
+from atari_hrvq.evaluate import RandomAgent, bootstrap_difference, bootstrap_interval, check_full_game, evaluate, human_normalised, iqm, steps_to_reach, tournament, value_calibration
 from atari_hrvq.frames import make_env
+from atari_hrvq.ppo import realised
 
 
 def test_same_seed_same_games_and_other_seed_other_games():
@@ -65,16 +66,6 @@ def test_reference_scores():
 @pytest.mark.parametrize('call, message', [(lambda: human_normalised('tetris', 0), 'unknown game'), (lambda: evaluate(RandomAgent(), 'pong', 0), 'episodes must be positive'), (lambda: bootstrap_interval({}), 'at least one score'), (lambda: bootstrap_difference([], [1.]), 'at least one score')])
 def test_bad_input(call, message):
     with pytest.raises(BookError, match=message): call()
-
-
-@settings(max_examples=30, deadline=None)
-@given(T=st.integers(1, 40), seed=st.integers(0, 999), gamma=st.floats(0, 1))
-def test_what_came_is_the_naive_sum(T, seed, gamma):
-    rng = np.random.default_rng(seed)
-    paid, lost = rng.choice([-1., 0., 1.], T), rng.random(T) < .2
-    for t, g in enumerate(realised(paid, lost, gamma)):
-        end = next((k for k in range(t, T) if lost[k]), T - 1)
-        assert abs(g - sum(gamma ** (k - t) * paid[k] for k in range(t, end + 1))) < 1e-9
 
 
 def test_a_critic_that_knows_is_told_from_one_that_guesses():

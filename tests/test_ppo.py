@@ -7,7 +7,7 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings, strategies as hs
 from atari_hrvq.core import BookError
 from atari_hrvq.frames import RandomPolicy, collect, make_env
-from atari_hrvq.ppo import LIVES, PPO, ActorCritic, ActorCriticConfig, PPOConfig, ReturnCounter, gae, life_returns, rollout, sample, score_of_lives, train_ppo
+from atari_hrvq.ppo import LIVES, PPO, ActorCritic, ActorCriticConfig, PPOConfig, ReturnCounter, gae, life_returns, realised, rollout, sample, score_of_lives, train_ppo
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -247,6 +247,16 @@ def test_the_clip_stops_the_push():
         loss = ppo.losses(obs, mask, torch.tensor([1]), old, torch.tensor([advantage]), torch.zeros(1))[0]['policy']
         return torch.autograd.grad(loss, ppo.policy.actor.bias, allow_unused=True)[0].abs().sum().item()
     assert push(log_p - .5, 1.) == 0 and push(log_p - .5, -1.) > 0 and push(log_p + .5, -1.) == 0 and push(log_p, 1.) > 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(T=hs.integers(1, 40), seed=hs.integers(0, 999), gamma=hs.floats(0, 1))
+def test_what_came_is_the_naive_sum(T, seed, gamma):
+    rng = np.random.default_rng(seed)
+    paid, lost = rng.choice([-1., 0., 1.], T), rng.random(T) < .2
+    for t, g in enumerate(realised(paid, lost, gamma)):
+        end = next((k for k in range(t, T) if lost[k]), T - 1)
+        assert abs(g - sum(gamma ** (k - t) * paid[k] for k in range(t, end + 1))) < 1e-9
 
 
 def test_real_returns_join_the_critic():

@@ -135,6 +135,16 @@ def test_windows_stay_inside_episodes():
     assert (codes[:, 1:, 0, 1] == 1).all() and (codes[:, 0, 0, 1] == 5).any()
 
 
+def test_windows_that_live_hold_no_ending_before_their_last_step():
+    d, length = toy(), 4
+    d.done[[7, 8, 30]] = True
+    episode, done = d.episode.tolist(), d.done.tolist()
+    inside = [s for s in range(len(d) - length + 1) if episode[s] == episode[s + length - 1]]
+    assert d.windows(length).tolist() == inside
+    alive = d.windows(length, alive=True).tolist()
+    assert alive == [s for s in inside if not any(done[s:s + length - 1])] and 0 < len(alive) < len(inside)
+
+
 @pytest.mark.parametrize('batch', [1, 5])
 @pytest.mark.parametrize('windows', [(1, 1), (2, 20), (20, 3)])
 def test_cached_equals_uncached(windows, batch):

@@ -51,6 +51,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                   'atari_hrvq.agent.packed_replay': ('agent.html#packed_replay', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.play': ('agent.html#play', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.random_play': ('agent.html#random_play', 'atari_hrvq/agent.py'),
+                                  'atari_hrvq.agent.real_advantages': ('agent.html#real_advantages', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.real_returns': ('agent.html#real_returns', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.remembered': ('agent.html#remembered', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.replay_frames': ('agent.html#replay_frames', 'atari_hrvq/agent.py'),

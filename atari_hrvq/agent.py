@@ -16,14 +16,14 @@ from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive,
 from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
 from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
-from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, realised, rollout, score_of_play
+from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, gae, realised, rollout, score_of_play, standardised
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
-__all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'real_returns', 'LoopConfig',
-           'replay_frames', 'head', 'fresh_agent', 'learn', 'known_before', 'tell', 'study', 'going_on', 'dreaming_on',
-           'first_play', 'packed_replay', 'shipped_part', 'shipped_replay', 'remembered', 'random_play', 'train_agent',
-           'by_depth']
+__all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'real_returns',
+           'real_advantages', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn', 'known_before', 'tell',
+           'study', 'going_on', 'dreaming_on', 'first_play', 'packed_replay', 'shipped_part', 'shipped_replay',
+           'remembered', 'random_play', 'train_agent', 'by_depth']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -159,24 +159,26 @@ def join_tokens(parts):
     return Tokens(**cat, episode=torch.cat([p.episode + int(o) for p, o in zip(parts, offset, strict=False)]))
 
 # %% ../nbs/10_agent.ipynb #improve
-def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=None, real_rows=1_200, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, desc='dreaming'):
+def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=None, real_rows=1_200, played=None, real_actions=3_600, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, desc='dreaming'):
     """Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, of all and of each game, PPO's metrics).
     With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight, of rewards as `agent.paid` has them. With `real` (of `real_returns`)
-    the critic learns in each iteration from `real_rows` of its states too (@eq-grounded)."""
+    the critic learns in each iteration from `real_rows` of its states too (@eq-grounded), and with `played` (of `real_advantages`) the policy from `real_actions` of its steps (@eq-played)."""
     envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True, foresight=foresight, power=agent.power, units=agent.units)
-    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix, *([len(real[1]), real_rows] if real else []), *([agent.power, agent.units] if agent.power else [])), 0, []
+    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix, *([len(real[1]), real_rows] if real else []), *(['played', len(played[1]), real_actions] if played else []), *([agent.power, agent.units] if agent.power else [])), 0, []
     saved = load_checkpoint(checkpoint, mark)
     if saved: ppo.load_state(saved['ppo']); first, history = saved['step'], saved['history']
+    some = 3 if real else 0
     def whole(codes, actions, game, order, *met):                                        # an iteration as one graph
         lived = rollout(envs, agent.policy, horizon, envs.begin(codes, actions, game), None)
-        return lived, ppo.learn_from(lived, order, games=len(agent.games), real=met or None)
+        return lived, ppo.learn_from(lived, order, games=len(agent.games), real=met[:some] or None, played=met[some:] or None)
     graphed = Graphed(whole) if agent.device.type == 'cuda' and ppo.graphs else None
     if graphed: envs.reset(seed=derive(seed, desc) % 2**31)
     clock = time.time()
     for k in progress(range(first, iterations), desc, iterations - first):
         seed_all(seed, desc, k)
-        drawn = torch.from_numpy(rng_for(seed, desc, 'real', k).integers(len(real[1]), size=real_rows)).to(real[1].device) if real else None
-        met = tuple(x[drawn] for x in real) if real else ()
+        met = ()
+        for rows, size, name in ((real, real_rows, 'real'), (played, real_actions, 'played')):
+            if rows: drawn = torch.from_numpy(rng_for(seed, desc, name, k).integers(len(rows[1]), size=size)).to(rows[1].device); met += tuple(x[drawn] for x in rows)
         if falling: set_rate(ppo.opt, ppo.config.lr * (1 - k / iterations))
         if graphed:
             order = torch.rand(ppo.config.epochs, dreams * horizon, device=agent.device).argsort(1)
@@ -185,7 +187,7 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=Non
         else:
             generator = torch.Generator().manual_seed(derive(seed, desc, k))
             lived = rollout(envs, agent.policy, horizon, envs.reset(seed=derive(seed, desc, k) % 2**31), generator)
-            metrics = ppo.update(lived, generator, met or None)
+            metrics = ppo.update(lived, generator, met[:some] or None, met[some:] or None)
         valid = lived.valid.float()
         mean = lambda m: (lived.rewards * m).sum() / m.sum().clamp(min=1)
         paid = torch.stack([mean(valid), *(mean(valid * (lived.game == i)) for i in range(len(agent.games)))]).tolist()
@@ -213,6 +215,28 @@ def real_returns(agent, data, gamma, n, since=None, seed=0, settled=300):
         for part in np.array_split(np.sort(rng_for(seed, 'real', g).permutation(start)[:max(1, n // len(data))]), 1 + n // 1000):
             at, game = torch.from_numpy(part[:, None] + np.arange(C)), torch.full((len(part),), agent.games.index(g), device=agent.device)
             if len(part): out.append((agent.sees(d.codes[at].to(agent.device), d.actions[at[:, :-1]].to(agent.device), game), returns[part + C - 1].to(agent.device), game))
+    return tuple(torch.cat(x) for x in zip(*out, strict=True)) if out else None
+
+@torch.no_grad()
+def real_advantages(agent, data, config, since=None):
+    """What the policy is held to (@eq-played): `(obs float [M, F], masks int8 [M, A], actions int64 [M], log-probabilities float [M], advantages float [M])` of the steps in `data` {game: Tokens} from `since[game]` on, which `agent` itself played.
+
+    The advantages are those of @eq-gae with the critic as it is and the `gamma` and `lam` of `config`, standardised within each game; a lost life is an ending, and where play was cut off what was seen last stands for what came after. Steps without a whole context before them are left out; None where no step is left."""
+    agent.world.eval(); agent.policy.eval(); out, C = [], agent.context
+    for g, d in data.items():
+        start = d.windows(C); start = start[start >= (since[g] if since else 0)]
+        if not len(start): continue
+        index, obs = agent.games.index(g), []
+        for part in np.array_split(start, 1 + len(start) // 1000):
+            at = torch.from_numpy(part[:, None] + np.arange(C))
+            obs.append(agent.sees(d.codes[at].to(agent.device), d.actions[at[:, :-1]].to(agent.device), torch.full((len(part),), index, device=agent.device)))
+        obs, t = torch.cat(obs), torch.from_numpy(start + C - 1)                     # t: the steps that were decided
+        masks, actions = torch.from_numpy(action_mask(g)).to(agent.device).expand(len(t), -1), d.actions[t].to(agent.device)
+        logits, v = agent.policy(obs, masks)
+        follows = F.pad(t[1:] == t[:-1] + 1, (0, 1)).to(agent.device)                # the next row is the next step
+        paid, lost, after = torch.as_tensor(agent.paid(g, d.rewards[t].numpy())).float().to(agent.device), d.done[t].to(agent.device), torch.where(follows, v.roll(-1), v)
+        advantage = gae(*(x[:, None] for x in (paid, v, after, lost, lost | ~follows)), config.gamma, config.lam)[:, 0]
+        out.append((obs, masks, actions, logits.log_softmax(-1).gather(1, actions[:, None])[:, 0], standardised(advantage, torch.zeros_like(actions))))
     return tuple(torch.cat(x) for x in zip(*out, strict=True)) if out else None
 
 
@@ -246,6 +270,7 @@ class LoopConfig:
     hidden: int = 256         # width of a fresh policy
     lr: float = 5e-4          # of PPO
     real_rows: int = 0        # states of the real game in an iteration whose returns the critic learns beside those of its dreams
+    real_actions: int = 0     # steps of the newest play in an iteration that the policy learns from beside its dreams, where it played them itself
     entropy: float = .01      # what PPO pays for a nat of the policy's entropy
     falling: bool = False     # PPO's learning rate falls to zero in every round, not only in the last
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
@@ -310,7 +335,9 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         now = replace(c, **{k: c.last * getattr(c, k) for k in ('tokenizer_steps', 'world_steps', 'iterations')}) if last else c
         data, recent = study(stage, agent, replay, now, r, c.last if last else 1)
         real = real_returns(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r)) if c.real_rows else None
-        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, desc=f'round {r}: dreaming')
+        newest = {g: len(d) - len(replay[g][-1]) for g, d in data.items()}
+        played = real_advantages(agent, data, ppo.config, newest) if c.real_actions and (r or known and fed) else None      # what came before the loop was played by others
+        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, played=played, real_actions=c.real_actions, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, desc=f'round {r}: dreaming')
         curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
         tail = curve[-max(1, len(curve) // 5):]
         row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
@@ -357,8 +384,8 @@ def study(stage, agent, replay, c, r, newest=1):
 
 # %% ../nbs/10_agent.ipynb #going-on
 def going_on(c):
-    "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it, both times at a rate that falls to zero with a critic that is held to the real game and dreams that pay the root of points, as it was shipped."
-    return replace(c, rounds=1, iterations=2 * c.iterations, falling=True, real_rows=1_200, power=.5, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
+    "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it, both times at a rate that falls to zero, with a critic and a policy that are held to the real game and dreams that pay the root of points, as it was shipped."
+    return replace(c, rounds=1, iterations=2 * c.iterations, falling=True, real_rows=1_200, real_actions=3_600, power=.5, first=0, begin_tokenizer=0, begin_world=c.world_steps, begin_lr=c.world_lr)
 
 def dreaming_on(c, whole):
     "The loop for an agent that has learned before and plays nothing new: it dreams four times as long as in a round. If its replay is the `whole` of what it learned from, its model studies as long before; of a part it would learn by heart, so it stays as it is."

@@ -223,12 +223,12 @@ class PPO:
         policy = OBJECTIVES[self.config.objective](done, old, advantage, self.config, weight)
         return {'policy': policy, 'value': mean_of(self.policy.critic_error(said, target, variance), weight), 'entropy': -entropy}, mean_of(((done - old).exp() - 1).abs(), weight)
 
-    def update(self, r, generator, real=None):
-        "Learn from a `Rollout`; its invalid steps are left out. Returns the metrics, averaged over the minibatches. `real`: see `learn_from`."
+    def update(self, r, generator, real=None, played=None):
+        "Learn from a `Rollout`; its invalid steps are left out. Returns the metrics, averaged over the minibatches. `real`, `played`: see `learn_from`."
         keep = r.valid.flatten()
         require(bool(keep.any()), 'the rollout holds no valid step: reset the environments first')
         order = torch.stack([torch.randperm(int(keep.sum()), generator=generator) for _ in range(self.config.epochs)])
-        return self.told(self.learn_from(r, order.to(keep.device), keep, real=real))
+        return self.told(self.learn_from(r, order.to(keep.device), keep, real=real, played=played))
 
     def told(self, said):
         "Metrics as numbers; a loss that is not finite is an error."
@@ -236,11 +236,12 @@ class PPO:
         require(all(math.isfinite(v) for k, v in out.items() if k.startswith('loss_')), 'the PPO loss is not finite: lower the learning rate')
         return out
 
-    def learn_from(self, r, order_EN, keep=None, games=None, real=None):
+    def learn_from(self, r, order_EN, keep=None, games=None, real=None, played=None):
         """One pass over a `Rollout` for each row of `order` int64 [E, N], which is cut into minibatches; the metrics as scalars on the device.
 
         `keep` bool picks the rows that `order` counts; without it `order` counts all of them and invalid ones weigh nothing, so that shapes stay (`games`: see `by_game`).
-        `real`: `(obs [M, *shape], returns float [M], game int64 [M])` of states that were met elsewhere and what followed them; the critic learns them too, at the same cost as its own (@eq-grounded)."""
+        `real`: `(obs [M, *shape], returns float [M], game int64 [M])` of states that were met elsewhere and what followed them; the critic learns them too, at the same cost as its own (@eq-grounded).
+        `played`: `(obs [M, *shape], masks [M, A], actions int64 [M], log-probabilities float [M] of when they were done, advantages float [M])` of steps that were played elsewhere; the policy learns from them as from its own (@eq-played)."""
         c, total = self.config, {}
         advantage = gae(r.rewards, r.values, r.next_values, r.terminated, r.ended, c.gamma, c.lam)
         flat = lambda x: x.flatten(0, 1) if keep is None else x.flatten(0, 1)[keep]
@@ -249,14 +250,18 @@ class PPO:
         variance = spread(target, game, w, games)
         if c.objective != 'pmpo': a = standardised(a, game, w, games) if c.advantage == 'standardised' else self.ranged(a, target, game)
         obs, mask, action, old = flat(r.obs), flat(r.masks), flat(r.actions), flat(r.log_probs)
-        weights, n = {'policy': 1., 'value': c.value_cost, 'entropy': c.entropy_cost, 'real': c.value_cost}, 0
+        weights, n = {'policy': 1., 'value': c.value_cost, 'entropy': c.entropy_cost, 'real': c.value_cost, 'played': 1.}, 0
         pieces = len(order_EN) * c.minibatches
-        require(real is None or len(real[1]) >= pieces, f'each of {pieces} minibatches needs a real state, got {0 if real is None else len(real[1])}: hand over more')
+        for rows in (real, played): require(rows is None or len(rows[0]) >= pieces, f'each of {pieces} minibatches needs a real state, got {0 if rows is None else len(rows[0])}: hand over more')
         known = [x.tensor_split(pieces) for x in (*real[:2], spread(*real[1:], games=games))] if real is not None else None
+        lived = [x.tensor_split(pieces) for x in played] if played is not None else None
         for row in order_EN:
             for i in row.chunk(c.minibatches):
                 parts, shift = self.losses(obs[i], mask[i], action[i], old[i], a[i], target[i], variance[i], None if w is None else w[i])
                 if known: parts['real'] = self.policy.critic_error(self.policy(known[0][n], raw=True)[1], known[1][n], known[2][n]).mean()
+                if lived:
+                    seen, legal, did, then, worth = (x[n] for x in lived)
+                    parts['played'] = ppo_objective(self.policy(seen, legal, raw=True)[0].log_softmax(-1).gather(1, did[:, None])[:, 0], then, worth, c)
                 self.opt.zero_grad(set_to_none=True)
                 sum(weights[k] * v for k, v in parts.items()).backward()
                 nn.utils.clip_grad_norm_(self.policy.parameters(), c.max_grad)

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 from atari_hrvq import agent as module, world as world_module
-from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, LoopConfig, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, improve, learn, play, real_returns, remembered, replay_frames, train_agent
+from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, LoopConfig, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, improve, learn, play, real_advantages, real_returns, remembered, replay_frames, train_agent
 from atari_hrvq.dream import Contexts
 from atari_hrvq.core import PROFILES, BookError, Stage, load_checkpoint, save_tree
-from atari_hrvq.frames import LEGAL, RandomPolicy, collect, load_stored, store_episodes
+from atari_hrvq.frames import LEGAL, RandomPolicy, action_mask, collect, load_stored, store_episodes
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
-from atari_hrvq.ppo import PPO
+from atari_hrvq.ppo import PPO, PPOConfig
 from atari_hrvq.pretrained import pack_replay
 from atari_hrvq.world import Tokens, WorldModel, load_tokens, tokenise
 
 GAMES = ('pong', 'breakout')
-LOOP = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, tokenizer_steps=2, frames=8, dreams=6, horizon=4, batch=4, window=5, real_rows=12)
+LOOP = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, tokenizer_steps=2, frames=8, dreams=6, horizon=4, batch=4, window=5, real_rows=12, real_actions=24)
 
 
 @pytest.fixture(scope='module')
@@ -273,6 +273,39 @@ def test_the_critic_learns_what_the_real_game_paid(parts):
         improve(pupil, PPO(pupil.policy, ppo.config), Contexts(tokens, GAMES, agent.context), 30, 6, 4, 0, real=real, real_rows=24)
         with torch.no_grad(): said.append(float(pupil.policy(obs)[1].mean()))
     assert abs(said[0]) < .3 and said[1] > said[0] + .5, said            # the dreams pay next to nothing
+
+
+def test_what_the_policy_is_held_to(parts):
+    agent, ppo, _ = fresh(parts)
+    whole = tokenise(agent.tokenizer, parts[1]['breakout'])
+    t = lambda *x: torch.tensor(x)
+    tokens = Tokens(whole.codes[:12], whole.actions[:12], t(0., 3., 0., 0., 4., 0., -2., 0., 0., 0., 0., 5.), t(*[k in (4, 9) for k in range(12)]), t(*[0] * 10, 1, 1))
+    obs, masks, actions, log_probs, advantages = real_advantages(agent, {'breakout': tokens}, PPOConfig(gamma=.5, lam=.5))
+    steps = list(range(2, 10))                                            # a context is three frames in one episode, as the agent sees it: a life may end inside
+    assert actions.tolist() == tokens.actions[2:10].tolist() and (masks == torch.from_numpy(action_mask('breakout'))).all()
+    for row, k in zip(obs, steps, strict=True): assert torch.allclose(row, agent.sees(tokens.codes[None, k - 2:k + 1], tokens.actions[None, k - 2:k], t(1))[0], atol=1e-6)
+    with torch.no_grad(): logits, v = agent.policy(obs, masks)
+    assert torch.allclose(log_probs, logits.log_softmax(-1)[range(8), actions])
+    paid, by_hand, a = {4: 1., 6: -1.}, [], 0.
+    for i, k in reversed(list(enumerate(steps))):
+        over = k in (4, 9)
+        a = paid.get(k, 0.) + (0. if over else .5 * float(v[i + 1])) - float(v[i]) + (0. if over else .25 * a)
+        by_hand.insert(0, a)
+    by_hand = np.array(by_hand)
+    assert np.allclose(advantages.numpy(), (by_hand - by_hand.mean()) / by_hand.std(), atol=1e-4)
+    assert len(real_advantages(agent, {'breakout': tokens}, ppo.config, {'breakout': 5})[0]) == 3 and real_advantages(agent, {'breakout': tokens}, ppo.config, {'breakout': 10}) is None
+
+
+def test_the_policy_learns_what_it_played(parts):
+    agent, ppo, _ = fresh(parts)
+    tokens, moved = {g: tokenise(agent.tokenizer, e) for g, e in parts[1].items()}, []
+    obs, masks, actions, then, _ = real_advantages(agent, tokens, ppo.config)
+    for sign in (1., -1.):
+        pupil = copy.deepcopy(agent)
+        curve = improve(pupil, PPO(pupil.policy, ppo.config), Contexts(tokens, GAMES, agent.context), 20, 6, 4, 0, played=(obs, masks, actions, then, torch.full_like(then, sign)), real_actions=48)
+        with torch.no_grad(): moved.append(float((pupil.policy(obs, masks)[0].log_softmax(-1).gather(1, actions[:, None])[:, 0] - then).mean()))
+        assert 'loss_played' in curve[-1]
+    assert moved[0] > 0 > moved[1] and moved[0] - moved[1] > .02, moved
 
 
 def test_an_agent_knows_what_its_dreams_paid(parts, whole, tmp_path):

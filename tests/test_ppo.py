@@ -271,6 +271,22 @@ def test_real_returns_join_the_critic():
     with pytest.raises(BookError, match='12 minibatches needs a real state, got 2'): PPO(small()).update(r, gen(), real)
 
 
+def test_played_steps_move_the_policy_as_far_as_the_clip_lets_them():
+    policy = small(); r = live(corridors(), policy, 3); config = PPOConfig(epochs=1, minibatches=1, entropy_cost=0., lr=.01)
+    obs, mask = torch.stack([r.obs[0, 0]] * 2), torch.stack([r.masks[0, 0]] * 2)
+    legal = mask[0].nonzero()[:2, 0]
+    logp = lambda: policy(obs, mask)[0].log_softmax(-1).gather(1, legal[:, None])[:, 0].detach()
+    then = logp(); played = (obs, mask, legal, then, torch.tensor([2., 1.]))
+    r.rewards = torch.zeros_like(r.rewards); r.values = torch.zeros_like(r.values); r.next_values = torch.zeros_like(r.next_values)      # dreams in which nothing happens
+    ppo = PPO(policy, config)
+    assert ppo.update(r, gen(), played=played)['loss_played'] == pytest.approx(-1.5)                    # the mean advantage, at a ratio of one
+    for _ in range(60): ppo.update(r, gen(), played=played)
+    ratio = (logp() - then).exp()
+    assert ratio[0] > 1.15 and ratio.max() < 1.6, ratio                   # past 1.2 nothing pulls any more
+    assert 'loss_played' not in PPO(small()).update(r, gen())
+    with pytest.raises(BookError, match='12 minibatches needs a real state, got 2'): PPO(small()).update(r, gen(), played=played)
+
+
 def test_update_without_a_valid_step_is_one_sentence():
     policy = small()
     r = live(corridors(), policy, 3)

@@ -16,11 +16,11 @@ from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive,
 from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
 from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
-from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, gae, realised, rollout, score_of_play, standardised
+from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, gae, log_prob_of, realised, rollout, score_of_play, standardised
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
-__all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'real_returns',
+__all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'seen_after', 'real_returns',
            'real_advantages', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn', 'known_before', 'tell',
            'study', 'going_on', 'dreaming_on', 'first_play', 'packed_replay', 'shipped_part', 'shipped_replay',
            'remembered', 'random_play', 'train_agent', 'by_depth']
@@ -201,6 +201,14 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=Non
 # %% ../nbs/10_agent.ipynb #grounded
 REAL = 45_000                     # states of the real game that a round keeps at hand for its critic
 
+def seen_after(agent, d, start, game):
+    "What `agent` sees after each context of `d` (`Tokens` of the game with index `game`) that begins at `start` int64 [M], float [M, F]."
+    out = []
+    for part in np.array_split(start, 1 + len(start) // 1000):
+        at = torch.from_numpy(part[:, None] + np.arange(agent.context))
+        out.append(agent.sees(d.codes[at].to(agent.device), d.actions[at[:, :-1]].to(agent.device), torch.full((len(part),), game, device=agent.device)))
+    return torch.cat(out)
+
 @torch.no_grad()
 def real_returns(agent, data, gamma, n, since=None, seed=0, settled=300):
     """What the critic is held to (@eq-grounded): `(obs float [M, F], returns float [M], game int64 [M])` of about `n` steps of the real game in `data` {game: Tokens}, from step `since[game]` on:
@@ -212,9 +220,8 @@ def real_returns(agent, data, gamma, n, since=None, seed=0, settled=300):
         end = np.minimum.accumulate(np.where(stop, at, len(d))[::-1])[::-1]
         known = d.done.numpy()[end] | (end - at >= settled)
         start = start[known[start + C - 1] & (start >= (since[g] if since else 0))]
-        for part in np.array_split(np.sort(rng_for(seed, 'real', g).permutation(start)[:max(1, n // len(data))]), 1 + n // 1000):
-            at, game = torch.from_numpy(part[:, None] + np.arange(C)), torch.full((len(part),), agent.games.index(g), device=agent.device)
-            if len(part): out.append((agent.sees(d.codes[at].to(agent.device), d.actions[at[:, :-1]].to(agent.device), game), returns[part + C - 1].to(agent.device), game))
+        start, index = np.sort(rng_for(seed, 'real', g).permutation(start)[:max(1, n // len(data))]), agent.games.index(g)
+        if len(start): out.append((seen_after(agent, d, start, index), returns[start + C - 1].to(agent.device), torch.full((len(start),), index, device=agent.device)))
     return tuple(torch.cat(x) for x in zip(*out, strict=True)) if out else None
 
 @torch.no_grad()
@@ -226,17 +233,13 @@ def real_advantages(agent, data, config, since=None):
     for g, d in data.items():
         start = d.windows(C); start = start[start >= (since[g] if since else 0)]
         if not len(start): continue
-        index, obs = agent.games.index(g), []
-        for part in np.array_split(start, 1 + len(start) // 1000):
-            at = torch.from_numpy(part[:, None] + np.arange(C))
-            obs.append(agent.sees(d.codes[at].to(agent.device), d.actions[at[:, :-1]].to(agent.device), torch.full((len(part),), index, device=agent.device)))
-        obs, t = torch.cat(obs), torch.from_numpy(start + C - 1)                     # t: the steps that were decided
+        obs, t = seen_after(agent, d, start, agent.games.index(g)), torch.from_numpy(start + C - 1)                     # t: the steps that were decided
         masks, actions = torch.from_numpy(action_mask(g)).to(agent.device).expand(len(t), -1), d.actions[t].to(agent.device)
         logits, v = agent.policy(obs, masks)
         follows = F.pad(t[1:] == t[:-1] + 1, (0, 1)).to(agent.device)                # the next row is the next step
         paid, lost, after = torch.as_tensor(agent.paid(g, d.rewards[t].numpy())).float().to(agent.device), d.done[t].to(agent.device), torch.where(follows, v.roll(-1), v)
         advantage = gae(*(x[:, None] for x in (paid, v, after, lost, lost | ~follows)), config.gamma, config.lam)[:, 0]
-        out.append((obs, masks, actions, logits.log_softmax(-1).gather(1, actions[:, None])[:, 0], standardised(advantage, torch.zeros_like(actions))))
+        out.append((obs, masks, actions, log_prob_of(logits, actions), standardised(advantage, torch.zeros_like(actions))))
     return tuple(torch.cat(x) for x in zip(*out, strict=True)) if out else None
 
 

@@ -15,10 +15,10 @@ from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, mo
                              symexp, symlog, two_hot)
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'LIVES', 'POINTS', 'gae', 'realised', 'ActorCriticConfig', 'mixed', 'ActorCritic', 'Rollout', 'sample',
-           'rollout', 'PPOConfig', 'mean_of', 'ppo_objective', 'reinforce_objective', 'pmpo_objective', 'by_game',
-           'standardised', 'spread', 'PPO', 'ReturnCounter', 'train_ppo', 'life_returns', 'score_of_points',
-           'score_of_lives', 'score_of_play']
+__all__ = ['OBJECTIVES', 'LIVES', 'POINTS', 'gae', 'realised', 'ActorCriticConfig', 'mixed', 'ActorCritic', 'Rollout',
+           'log_prob_of', 'sample', 'rollout', 'PPOConfig', 'mean_of', 'ppo_objective', 'reinforce_objective',
+           'pmpo_objective', 'by_game', 'standardised', 'spread', 'PPO', 'ReturnCounter', 'train_ppo', 'life_returns',
+           'score_of_points', 'score_of_lives', 'score_of_play']
 
 # %% ../nbs/09_ppo.ipynb #gae
 def gae(r_TB, v_TB, v_next_TB, terminated_TB, ended_TB, gamma, lam):
@@ -102,6 +102,10 @@ class Rollout:
     game: torch.Tensor
     state: tuple
 
+def log_prob_of(logits_NA, action_N):
+    "float [N]: the log-probability of each action."
+    return logits_NA.log_softmax(-1).gather(1, action_N[:, None])[:, 0]
+
 def sample(logits, generator):
     "int64 [N]: actions drawn from logits [N, A] with a CPU generator, or without one where the logits are."
     if generator is None: return (logits.float().softmax(-1) / torch.empty_like(logits, dtype=torch.float32).exponential_()).argmax(-1)      # a race of exponentials: no wait for the device
@@ -124,7 +128,7 @@ def rollout(envs, policy, steps, state, generator):
         seen, mask, game = look(obs), look(info['action_mask']) if 'action_mask' in info else everything, look(info['game']).long() if 'game' in info else torch.zeros_like(over, dtype=torch.long)
         logits, value = policy(seen, mask)
         action = sample(logits, generator)
-        log_prob = logits.log_softmax(-1).gather(1, action[:, None])[:, 0]
+        log_prob = log_prob_of(logits, action)
         obs, reward, terminated, truncated, info = envs.step(action if tensors else action.cpu().numpy())
         terminated, ended = look(terminated).bool(), look(terminated).bool() | look(truncated).bool()
         for k, x in dict(obs=seen, masks=mask, actions=action, log_probs=log_prob, values=value, rewards=look(reward).float(), terminated=terminated, ended=ended, valid=~over, game=game).items(): rows[k].append(x)
@@ -261,7 +265,7 @@ class PPO:
                 if known: parts['real'] = self.policy.critic_error(self.policy(known[0][n], raw=True)[1], known[1][n], known[2][n]).mean()
                 if lived:
                     seen, legal, did, then, worth = (x[n] for x in lived)
-                    parts['played'] = ppo_objective(self.policy(seen, legal, raw=True)[0].log_softmax(-1).gather(1, did[:, None])[:, 0], then, worth, c)
+                    parts['played'] = ppo_objective(log_prob_of(self.policy(seen, legal, raw=True)[0], did), then, worth, c)
                 self.opt.zero_grad(set_to_none=True)
                 sum(weights[k] * v for k, v in parts.items()).backward()
                 nn.utils.clip_grad_norm_(self.policy.parameters(), c.max_grad)

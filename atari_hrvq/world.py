@@ -39,8 +39,10 @@ class Tokens:
 
     def windows(self, length, alive=False):
         "int64 [M]: starts of windows of `length` steps inside one episode; `alive`: of those in which nothing ends before the last step."
-        start, ended = episode_windows(self.episode.cpu().numpy(), length), np.concatenate([[0], np.cumsum(self.done.cpu().numpy())])
-        return start[ended[start + length - 1] == ended[start]] if alive else start
+        start = episode_windows(self.episode.cpu().numpy(), length)
+        if not alive: return start
+        ended = np.concatenate([[0], np.cumsum(self.done.cpu().numpy())])
+        return start[ended[start + length - 1] == ended[start]]
 
 def tokenise(tokenizer, episodes):
     "`Tokens` of an `Episodes`, on the CPU; a game that was cut off is not `done`."

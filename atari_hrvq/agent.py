@@ -21,9 +21,10 @@ from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
 __all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'seen_after', 'real_returns',
-           'real_advantages', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn', 'known_before', 'tell',
-           'study', 'going_on', 'dreaming_on', 'first_play', 'packed_replay', 'shipped_part', 'shipped_replay',
-           'remembered', 'random_play', 'train_agent', 'by_depth']
+           'returns_to_hold', 'real_advantages', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn',
+           'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play', 'Imitation', 'both_see',
+           'with_new_eyes', 'packed_replay', 'shipped_part', 'shipped_replay', 'remembered', 'random_play',
+           'train_agent', 'by_depth']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -199,7 +200,7 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=Non
     return history
 
 # %% ../nbs/10_agent.ipynb #grounded
-REAL = 45_000                     # states of the real game that a round keeps at hand for its critic
+REAL = 45_000                     # states of the newest play that a round keeps at hand for its critic, and twice as many of all play
 
 def seen_after(agent, d, start, game):
     "What `agent` sees after each context of `d` (`Tokens` of the game with index `game`) that begins at `start` int64 [M], float [M, F]."
@@ -223,6 +224,11 @@ def real_returns(agent, data, gamma, n, since=None, seed=0, settled=300):
         start, index = np.sort(rng_for(seed, 'real', g).permutation(start)[:max(1, n // len(data))]), agent.games.index(g)
         if len(start): out.append((seen_after(agent, d, start, index), returns[start + C - 1].to(agent.device), torch.full((len(start),), index, device=agent.device)))
     return tuple(torch.cat(x) for x in zip(*out, strict=True)) if out else None
+
+def returns_to_hold(agent, data, gamma, n, since=None, seed=0):
+    "What the critic of a round is held to, as `real_returns` has it: about `n` steps from step `since[game]` on, and twice as many of all of `data`; only those `n` of all where nothing is newer (`since` None). None where no step is left."
+    parts = [real_returns(agent, data, gamma, n, since, derive(seed, 'newest'))] + ([real_returns(agent, data, gamma, 2 * n, None, derive(seed, 'all'))] if since else [])
+    return tuple(torch.cat(x) for x in zip(*filter(None, parts), strict=True)) or None
 
 @torch.no_grad()
 def real_advantages(agent, data, config, since=None):
@@ -337,7 +343,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         last, fed = r == c.rounds, steps() > known
         now = replace(c, **{k: c.last * getattr(c, k) for k in ('tokenizer_steps', 'world_steps', 'iterations')}) if last else c
         data, recent = study(stage, agent, replay, now, r, c.last if last else 1)
-        real = real_returns(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r)) if c.real_rows else None
+        real = returns_to_hold(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r)) if c.real_rows else None
         newest = {g: len(d) - len(replay[g][-1]) for g, d in data.items()}
         played = real_advantages(agent, data, ppo.config, newest) if c.real_actions and (r or known and fed) else None      # what came before the loop was played by others
         curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, played=played, real_actions=c.real_actions, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, desc=f'round {r}: dreaming')
@@ -401,6 +407,52 @@ def first_play(stage, agent, c):
         for g, e in play(agent, agent.games, c.envs, c.real_steps // c.envs, derive(stage.seed, 'first'), desc='playing before learning').items(): store_episodes(stage, names[g], e)
     return {g: load_stored(stage, n) for g, n in names.items()}
 
+# %% ../nbs/10_agent.ipynb #new-eyes
+class Imitation(torch.nn.Module):
+    "`policy` learns what another one would do and expect (@eq-imitation); `loss(obs float [N, F], masks int8 [N, A], log_probs float [N, A], values float [N], spread float [N])`, the last three of the other, `spread` being the unit in which values are compared."
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy
+
+    def loss(self, obs, masks, log_probs, values, spread):
+        logits, value = self.policy(obs, masks)
+        away, error = (log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum(-1).mean(), ((value - values) / spread).pow(2).mean()
+        return away + error / 2, {'away': away, 'value': error}
+
+@torch.no_grad()
+def both_see(new, old, data, replay, newest):
+    "What the policy of `new` sees after each context of the `newest` steps a game of `replay` {game: list of Episodes}, which are `data` {game: Tokens} to its eyes, and what `old` would do and expects there: the arguments of `Imitation.loss`."
+    rows, C = [], new.context
+    for a in (new, old): a.world.eval(); a.policy.eval()
+    for i, g in enumerate(new.games):
+        theirs, ours = join_tokens([tokenise(old.tokenizer, e) for e in replay[g]]), data[g]
+        start = ours.windows(C)[-newest:]
+        masks = torch.from_numpy(action_mask(g)).to(new.device).expand(len(start), -1)
+        logits, values = zip(*(old.policy(seen_after(old, theirs, part, i), masks[:len(part)]) for part in np.array_split(start, 1 + len(start) // 1000)), strict=True)
+        values = torch.cat(values)
+        rows.append((torch.cat([seen_after(new, ours, part, i).half() for part in np.array_split(start, 1 + len(start) // 1000)]), masks, torch.cat(logits).log_softmax(-1), values, values.std().clamp(min=1e-3).expand(len(start))))
+    return tuple(torch.cat(x) for x in zip(*rows, strict=True))
+
+def with_new_eyes(stage, agent, replay, c, newest=80_000, epochs=8, batch=512):
+    """An `Agent` whose frames have `c.grid` cells a side and that does what `agent` would. From `replay` {game: list of Episodes} its tokenizer learns for `c.begin_tokenizer` steps, its world model, whose transformer is that of `agent`,
+    for `c.begin_world`, and its policy for `epochs` over the `newest` steps a game (@eq-imitation). Made once in a run, and stored there."""
+    if 'agent-eyes/config.json' in stage.index(): return stage.load('agent-eyes', Agent)
+    require(c.begin_tokenizer and c.begin_world, f'an agent with {c.grid} cells a side needs a tokenizer and a world model that learned: say for how many steps with begin_tokenizer and begin_world')
+    new = fresh_agent(stage, replay, c, agent.context)
+    trunk, mine = agent.world.state_dict(), new.world.state_dict()
+    new.world.load_state_dict({k: v for k, v in trunk.items() if k.startswith(('blocks.', 'act.', 'game.', 'norm.', 'reward.', 'proceed.')) and v.shape == mine[k].shape}, strict=False)
+    data, _ = study(stage, new, replay, c, 0)
+    new.policy.config.mix, new.power, new.units, new.real_steps = agent.policy.config.mix, agent.power, dict(agent.units), agent.real_steps
+    seen = both_see(new, agent, data, replay, newest)
+    def draw(rng):
+        at = torch.from_numpy(rng.integers(len(seen[0]), size=batch)).to(seen[0].device)
+        return seen[0][at].float(), *(x[at] for x in seen[1:])
+    fit(Imitation(new.policy), draw, FitConfig(max(1, epochs * len(seen[0]) // batch)), seed=derive(stage.seed, 'eyes'), checkpoint=stage.checkpoint('eyes'), desc='learning what the old one does')
+    new.policy.eval(); stage.save('agent-eyes', new)
+    for name in ('begin-tokenizer', 'world-0', 'eyes'): drop_checkpoint(stage.checkpoint(name))
+    return new
+
+
 # %% ../nbs/10_agent.ipynb #shipped-replay
 def packed_replay(folder, game):
     "`(path, parts)`: the file with what the agent in `folder` learned from, and the parts of `game` in it as they were packed, one a round, oldest first."
@@ -450,13 +502,15 @@ def random_play(stage, game, first=0):
 def train_agent(stage, **changes):
     """The run of this chapter as `stage` says; `changes` of the profile's `LoopConfig` come last. Returns `(agent, replay, history, curves, loop)` and saves the agent, its scores over real steps and the metrics.
 
-    Called again on the same run it goes on from its last checkpoint. `learn` has the details, `going_on` and `dreaming_on` what `start='pretrained'` and `'replay'` change."""
+    Called again on the same run it goes on from its last checkpoint. `learn` has the details, `going_on` and `dreaming_on` what `start='pretrained'` and `'replay'` change; another `grid` than the shipped agent's gives it new eyes first (`with_new_eyes`)."""
     torch.manual_seed(stage.seed)
     loop, context, known, agent = stage.pick(**LOOPS), stage.pick(**CONTEXT), 0, stage.shipped('agent', Agent)
     if agent:
         replay = remembered(stage, None if stage.start == 'replay' else stage.pick(**NEWEST))
         known = sum(map(len, replay[stage.games[0]]))
-        loop = replace(dreaming_on(loop, known == agent.real_steps) if stage.start == 'replay' else going_on(loop), **changes)
+        begin, grid = {k: getattr(loop, k) for k in ('begin_tokenizer', 'begin_world', 'begin_lr')}, agent.tokenizer.config.grid
+        loop = replace(dreaming_on(loop, known == agent.real_steps) if stage.start == 'replay' else going_on(loop), **{'grid': grid, **(begin if changes.get('grid', grid) != grid else {}), **changes})
+        if loop.grid != grid: agent, loop = with_new_eyes(stage, agent, replay, loop), replace(loop, begin_world=0)
         for g, e in first_play(stage, agent, loop).items() if loop.rounds else (): replay[g].append(e)
     else:
         loop = replace(loop, **changes)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from atari_hrvq import agent as module, world as world_module
-from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, LoopConfig, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, improve, learn, play, real_advantages, real_returns, remembered, replay_frames, train_agent
+from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, Imitation, LoopConfig, both_see, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, improve, join_tokens, learn, play, real_advantages, real_returns, remembered, replay_frames, returns_to_hold, train_agent, with_new_eyes
 from atari_hrvq.dream import Contexts
 from atari_hrvq.core import PROFILES, BookError, Stage, load_checkpoint, save_tree
 from atari_hrvq.frames import LEGAL, RandomPolicy, action_mask, collect, load_stored, store_episodes
@@ -117,6 +117,43 @@ def shipped(parts, tmp_path, monkeypatch):
     save_tree(tmp_path / 'shipped' / 'replay.safetensors', pack_replay({g: [e, e] for g, e in parts[1].items()}))
     monkeypatch.setattr(module, 'repo_path', lambda path: tmp_path); monkeypatch.setitem(module.SHIPPED, 'agent', 'shipped')
     return lambda start: Stage('10_agent', tmp_path / 'run', 'smoke', GAMES, 0, start)
+
+
+def test_new_eyes(parts, shipped, monkeypatch):
+    "Another grid: tokenizer and world model learn from the replay, the transformer is taken over, the policy does what the old one would; made once, and played with."
+    stage, (old, _, _) = shipped('pretrained'), fresh(parts)
+    old.policy.actor.weight.data.normal_(std=.3); old.policy.actor.bias.data[0] = 2.                  # it has a taste
+    old.units, old.power, old.real_steps, replay = {'breakout': 2.}, .5, 180, remembered(stage)
+    c = replace(LOOP, grid=4, begin_tokenizer=4, begin_world=2, frames=24, corrupt=0.)
+    with pytest.raises(BookError, match='begin_tokenizer'): with_new_eyes(stage, old, replay, replace(c, begin_tokenizer=0))
+    small = lambda t, **options: WorldModel(replace(old.world.config, grid=4, codes=256, cell_dim=64, tokenizer=t.hash()))
+    monkeypatch.setattr(module.WorldModel, 'for_tokenizer', small)
+    taught, fit = [], module.fit
+    monkeypatch.setattr(module, 'fit', lambda m, *args, **kwargs: taught.append((m, copy.deepcopy(m.state_dict()))) or fit(m, *args, **kwargs))
+    new = with_new_eyes(stage, old, replay, c, newest=50, epochs=60, batch=64)
+    assert (new.tokenizer.config.grid, new.units, new.power, new.real_steps, new.policy.config.mix) == (4, old.units, .5, 180, old.policy.config.mix)
+    assert new.policy.config.obs_shape != old.policy.config.obs_shape and all(torch.equal(v, taught[1][1][k]) for k, v in old.world.state_dict().items() if k.startswith(('blocks.', 'act.', 'proceed.')))
+    rows = both_see(new, old, {g: join_tokens([tokenise(new.tokenizer, e) for e in es]) for g, es in replay.items()}, replay, 50)
+    assert [len(x) for x in rows] == 5 * [50 * len(GAMES)]
+    unlike = [Imitation(p).loss(rows[0].float(), *rows[1:])[1]['away'].item() for p in (new.policy, Agent.fresh(new.tokenizer, new.world, 16).policy)]
+    assert unlike[0] < .5 * unlike[1], unlike                             # on the steps it learned from
+    monkeypatch.setattr(module, 'fit', None)                              # it is there, and not made again
+    again = with_new_eyes(stage, old, replay, c)
+    assert all(torch.equal(v, again.policy.state_dict()[k]) for k, v in new.policy.state_dict().items())
+
+
+def test_which_agents_get_new_eyes(parts, shipped, monkeypatch):
+    "An agent keeps its cells whatever the profile says of fresh ones; asked for others it is made anew from its replay, for as long as the profile or the call says, and does not study again before it plays."
+    old, asked, loops = fresh(parts)[0], [], []
+    class Done(Exception): pass
+    def learns(stage, agent, ppo, replay, loop, **kwargs): loops.append(loop); raise Done
+    monkeypatch.setattr(module, 'LOOPS', {'smoke': replace(LOOP, rounds=0, grid=7, begin_tokenizer=9, begin_world=8, begin_lr=.002)})
+    monkeypatch.setattr(module, 'with_new_eyes', lambda stage, agent, replay, c: asked.append(c) or agent); monkeypatch.setattr(module, 'learn', learns); monkeypatch.setattr(module, 'first_play', lambda *args: {})
+    stage = shipped('pretrained'); monkeypatch.setattr(stage, 'shipped', lambda name, cls: old)
+    for changes in ({}, {'grid': 3}, {'grid': 4}, {'grid': 4, 'begin_world': 20}):
+        with pytest.raises(Done): train_agent(stage, **changes)
+    assert [c.grid for c in loops] == [3, 3, 4, 4] and [c.begin_world for c in loops] == [LOOP.world_steps, LOOP.world_steps, 0, 0]
+    assert [(c.grid, c.begin_tokenizer, c.begin_world, c.begin_lr) for c in asked] == [(4, 9, 8, .002), (4, 9, 20, .002)]
 
 
 def test_an_agent_that_goes_on_plays_first_once_and_counts_on(parts, shipped, tmp_path, monkeypatch):
@@ -260,6 +297,8 @@ def test_what_the_critic_is_held_to(parts):
     cut = replace(tokens, done=torch.zeros(12, dtype=torch.bool), episode=torch.zeros(12, dtype=torch.long))          # nothing ends, and step 11 is the last that was played
     assert len(real_returns(agent, {'breakout': cut}, .5, 100, settled=4)[1]) == len(range(2, 8)) and real_returns(agent, {'breakout': cut}, .5, 100) is None
     assert real_returns(agent, {'breakout': tokens}, .5, 100, {'breakout': 10}) is None
+    held = lambda *since: returns_to_hold(agent, {'breakout': tokens}, .5, 100, *since)[1].tolist()
+    assert held() == returns.tolist() and held({'breakout': 6}) == [0., 0., *returns.tolist()] and held({'breakout': 10}) == returns.tolist()      # the newest, and all
     agent.units = {'breakout': 2.}
     for agent.power, paid in ((.5, 2 ** .5), (1., 2.)): assert real_returns(agent, {'breakout': tokens}, .5, 100)[1].tolist()[:3] == pytest.approx([paid / 4, paid / 2, paid])     # 4 points where the smallest reward is 2
 

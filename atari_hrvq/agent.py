@@ -272,7 +272,7 @@ class LoopConfig:
     mix: float = .01          # share of a uniform choice among the legal actions in the policy
     power: float = 0.         # of a reward in what a dream pays for it (@eq-power); 0 for its sign
     foresight: bool = True    # the dreams pay for a step the mean of what all states said of it
-    grid: int = 3             # cells a side of fresh models' frames
+    grid: int = 3             # cells a side of fresh models' frames; an agent that goes on keeps its own, unless told otherwise (`with_new_eyes`)
     contrast: int = 10        # steps of contrastive prediction of a fresh world model; 0 for none
     ending: float = 1.        # weight of the endings while the world model learns
     corrupt: float = 0.       # up to which share of a context's tokens the world model learns with others in their place

@@ -422,15 +422,14 @@ class Imitation(torch.nn.Module):
 @torch.no_grad()
 def both_see(new, old, data, replay, newest):
     "What the policy of `new` sees after each context of the `newest` steps a game of `replay` {game: list of Episodes}, which are `data` {game: Tokens} to its eyes, and what `old` would do and expects there: the arguments of `Imitation.loss`."
-    rows, C = [], new.context
+    rows = []
     for a in (new, old): a.world.eval(); a.policy.eval()
     for i, g in enumerate(new.games):
         theirs, ours = join_tokens([tokenise(old.tokenizer, e) for e in replay[g]]), data[g]
-        start = ours.windows(C)[-newest:]
+        start = ours.windows(new.context)[-newest:]
         masks = torch.from_numpy(action_mask(g)).to(new.device).expand(len(start), -1)
-        logits, values = zip(*(old.policy(seen_after(old, theirs, part, i), masks[:len(part)]) for part in np.array_split(start, 1 + len(start) // 1000)), strict=True)
-        values = torch.cat(values)
-        rows.append((torch.cat([seen_after(new, ours, part, i).half() for part in np.array_split(start, 1 + len(start) // 1000)]), masks, torch.cat(logits).log_softmax(-1), values, values.std().clamp(min=1e-3).expand(len(start))))
+        logits, values = old.policy(seen_after(old, theirs, start, i), masks)
+        rows.append((seen_after(new, ours, start, i).half(), masks, logits.log_softmax(-1), values, values.std().clamp(min=1e-3).expand(len(start))))
     return tuple(torch.cat(x) for x in zip(*rows, strict=True))
 
 def with_new_eyes(stage, agent, replay, c, newest=80_000, epochs=8, batch=512):
@@ -439,8 +438,7 @@ def with_new_eyes(stage, agent, replay, c, newest=80_000, epochs=8, batch=512):
     if 'agent-eyes/config.json' in stage.index(): return stage.load('agent-eyes', Agent)
     require(c.begin_tokenizer and c.begin_world, f'an agent with {c.grid} cells a side needs a tokenizer and a world model that learned: say for how many steps with begin_tokenizer and begin_world')
     new = fresh_agent(stage, replay, c, agent.context)
-    trunk, mine = agent.world.state_dict(), new.world.state_dict()
-    new.world.load_state_dict({k: v for k, v in trunk.items() if k.startswith(('blocks.', 'act.', 'game.', 'norm.', 'reward.', 'proceed.')) and v.shape == mine[k].shape}, strict=False)
+    new.world.load_state_dict({k: v for k, v in agent.world.state_dict().items() if k.startswith(('blocks.', 'act.', 'game.', 'norm.', 'reward.', 'proceed.'))}, strict=False)
     data, _ = study(stage, new, replay, c, 0)
     new.policy.config.mix, new.power, new.units, new.real_steps = agent.policy.config.mix, agent.power, dict(agent.units), agent.real_steps
     seen = both_see(new, agent, data, replay, newest)

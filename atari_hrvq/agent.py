@@ -4,6 +4,7 @@
 
 # %% ../nbs/10_agent.ipynb #imports
 from __future__ import annotations
+import copy
 import time
 import multiprocessing as mp
 from dataclasses import asdict, dataclass, replace
@@ -11,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive, drop_checkpoint, file_hash, fingerprint, fit, load_checkpoint, load_tree, monitor, progress, read_json,
+from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive, drop_checkpoint, file_hash, fingerprint, fit, in_half, load_checkpoint, load_tree, monitor, progress, read_json,
                              repo_path, require, rng_for, save_checkpoint, seed_all, set_rate, write_json)
 from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
-from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, regenerate, store_episodes
+from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, MIRROR, MIRRORED, mirrored, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
 from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, gae, log_prob_of, realised, rollout, score_of_play, standardised
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
@@ -22,7 +23,7 @@ from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 # %% auto #0
 __all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'seen_after', 'real_returns',
            'returns_to_hold', 'real_advantages', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn',
-           'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play', 'Imitation', 'both_see',
+           'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play', 'Imitation', 'both_see', 'imitate',
            'with_new_eyes', 'packed_replay', 'shipped_part', 'shipped_replay', 'remembered', 'random_play',
            'train_agent', 'by_depth']
 
@@ -160,12 +161,12 @@ def join_tokens(parts):
     return Tokens(**cat, episode=torch.cat([p.episode + int(o) for p, o in zip(parts, offset, strict=False)]))
 
 # %% ../nbs/10_agent.ipynb #improve
-def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=None, real_rows=1_200, played=None, real_actions=3_600, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, desc='dreaming'):
+def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=None, real_rows=1_200, played=None, real_actions=3_600, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, half=False, desc='dreaming'):
     """Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, of all and of each game, PPO's metrics).
     With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight, of rewards as `agent.paid` has them. With `real` (of `real_returns`)
-    the critic learns in each iteration from `real_rows` of its states too (@eq-grounded), and with `played` (of `real_advantages`) the policy from `real_actions` of its steps (@eq-played)."""
+    the critic learns in each iteration from `real_rows` of its states too (@eq-grounded), and with `played` (of `real_advantages`) the policy from `real_actions` of its steps (@eq-played). With `half` a CPU dreams and learns in bf16."""
     envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True, foresight=foresight, power=agent.power, units=agent.units)
-    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix, *([len(real[1]), real_rows] if real else []), *(['played', len(played[1]), real_actions] if played else []), *([agent.power, agent.units] if agent.power else [])), 0, []
+    mark, first, history = fingerprint('improve', iterations, dreams, horizon, seed, falling, foresight, desc, asdict(ppo.config), agent.policy.config.mix, *([len(real[1]), real_rows] if real else []), *(['played', len(played[1]), real_actions] if played else []), *([agent.power, agent.units] if agent.power else []), *(['half'] if half else [])), 0, []
     saved = load_checkpoint(checkpoint, mark)
     if saved: ppo.load_state(saved['ppo']); first, history = saved['step'], saved['history']
     some = 3 if real else 0
@@ -187,8 +188,9 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=Non
             metrics = ppo.told(said)
         else:
             generator = torch.Generator().manual_seed(derive(seed, desc, k))
-            lived = rollout(envs, agent.policy, horizon, envs.reset(seed=derive(seed, desc, k) % 2**31), generator)
-            metrics = ppo.update(lived, generator, met[:some] or None, met[some:] or None)
+            with in_half(agent.device, half):
+                lived = rollout(envs, agent.policy, horizon, envs.reset(seed=derive(seed, desc, k) % 2**31), generator)
+                metrics = ppo.update(lived, generator, met[:some] or None, met[some:] or None)
         valid = lived.valid.float()
         mean = lambda m: (lived.rewards * m).sum() / m.sum().clamp(min=1)
         paid = torch.stack([mean(valid), *(mean(valid * (lived.game == i)) for i in range(len(agent.games)))]).tolist()
@@ -277,6 +279,9 @@ class LoopConfig:
     ending: float = 1.        # weight of the endings while the world model learns
     corrupt: float = 0.       # up to which share of a context's tokens the world model learns with others in their place
     hidden: int = 256         # width of a fresh policy
+    mirror: bool = False      # Breakout and MsPacman are learned, and dreamt, as a mirror shows them too
+    imitate: int = 0          # newest steps a game on which, after a study, the policy learns to do through the new models what it did through the old (@eq-imitation)
+    half: bool = False        # on a CPU the world model learns, and dreams, in bf16
     lr: float = 5e-4          # of PPO
     real_rows: int = 0        # states of the real game in an iteration whose returns the critic learns beside those of its dreams
     real_actions: int = 0     # steps of the newest play in an iteration that the policy learns from beside its dreams, where it played them itself
@@ -285,10 +290,10 @@ class LoopConfig:
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
 
 # %% ../nbs/10_agent.ipynb #replay
-def replay_frames(replay, games, size, newest=1):
+def replay_frames(replay, games, size, newest=1, mirror=False):
     """A function of `rng` for `fit`: `(frames uint8 [size, 1, 84, 84], action int64 [size], game int64 [size])`, equal numbers of each game.
 
-    `replay`: {game: list of Episodes, oldest first}. Once there are more, half of the frames are drawn from the `newest` of them."""
+    `replay`: {game: list of Episodes, oldest first}. Once there are more, half of the frames are drawn from the `newest` of them. With `mirror` a half of them is seen in a mirror, where `MIRRORED` has the game."""
     def batch(rng):
         frames, game = [], []
         for j, (g, parts) in enumerate(replay.items()):
@@ -297,7 +302,10 @@ def replay_frames(replay, games, size, newest=1):
             at = rng.integers(ends[-1], size=n)
             if len(parts) > newest: at[:n // 2] = rng.integers(ends[-newest - 1], ends[-1], size=n // 2)
             part = np.searchsorted(ends, at, 'right')
-            for k in np.unique(part): frames.append(np.asarray(parts[k].frames[np.sort(at[part == k]) - (ends[k] - len(parts[k]))]))
+            for k in np.unique(part):
+                seen = np.asarray(parts[k].frames[np.sort(at[part == k]) - (ends[k] - len(parts[k]))])
+                if mirror and g in MIRRORED: seen = np.where(rng.random(len(seen))[:, None, None] < .5, seen[:, :, ::-1], seen)
+                frames.append(seen)
             game.append(np.full(n, games.index(g)))
         return torch.from_numpy(np.concatenate(frames))[:, None], torch.zeros(size, dtype=torch.long), torch.from_numpy(np.concatenate(game))
     return batch
@@ -342,11 +350,13 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     for r in range(len(history), c.rounds + 1):
         last, fed = r == c.rounds, steps() > known
         now = replace(c, **{k: c.last * getattr(c, k) for k in ('tokenizer_steps', 'world_steps', 'iterations')}) if last else c
+        old = copy.deepcopy(agent) if c.imitate and now.tokenizer_steps + now.world_steps else None
         data, recent = study(stage, agent, replay, now, r, c.last if last else 1)
+        if old: imitate(stage, agent, old, replay, c.imitate, f'again-{r}', c.mirror)
         real = returns_to_hold(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r)) if c.real_rows else None
         newest = {g: len(d) - len(replay[g][-1]) for g, d in data.items()}
         played = real_advantages(agent, data, ppo.config, newest) if c.real_actions and (r or known and fed) else None      # what came before the loop was played by others
-        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, played=played, real_actions=c.real_actions, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, desc=f'round {r}: dreaming')
+        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, played=played, real_actions=c.real_actions, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, half=c.half, desc=f'round {r}: dreaming')
         curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
         tail = curve[-max(1, len(curve) // 5):]
         row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
@@ -357,7 +367,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
             replay[g].append(e)
         history.append(row); tell(row)
         save_checkpoint(path(r), marks[r], {'tokenizer': agent.tokenizer.state_dict(), 'world': agent.world.state_dict(), 'ppo': ppo.state(learning=not last), 'history': history, 'curves': curves})
-        for k in (f'tokenizer-{r}', f'world-{r}', f'dream-{r}', f'round-{r - 2}'): drop_checkpoint(stage.checkpoint(k))      # all is in this one; the round before it stays, for another `last`
+        for k in (f'tokenizer-{r}', f'world-{r}', f'again-{r}', f'dream-{r}', f'round-{r - 2}'): drop_checkpoint(stage.checkpoint(k))      # all is in this one; the round before it stays, for another `last`
     agent.real_steps = history[-1]['real_steps']
     return history, curves
 
@@ -383,12 +393,14 @@ def study(stage, agent, replay, c, r, newest=1):
     "Tokenizer and world model learn from `replay` before the dreams of round `r`, half of it from the `newest` parts if there are more; returns the replay as `{game: Tokens}` and where those begin."
     seed = derive(stage.seed, 'study', r)
     if r and c.tokenizer_steps:
-        fit(agent.tokenizer, replay_frames(replay, agent.games, c.frames, newest), FitConfig(c.tokenizer_steps, lr=c.tokenizer_lr), seed=seed, checkpoint=stage.checkpoint(f'tokenizer-{r}'), desc=f'round {r}: learning to see')
+        fit(agent.tokenizer, replay_frames(replay, agent.games, c.frames, newest, c.mirror), FitConfig(c.tokenizer_steps, lr=c.tokenizer_lr), seed=seed, checkpoint=stage.checkpoint(f'tokenizer-{r}'), desc=f'round {r}: learning to see')
         agent.world.follow(agent.tokenizer)
-    data = {g: join_tokens([tokenise(agent.tokenizer, e) for e in parts]) for g, parts in replay.items()}
-    recent = {g: len(data[g]) - sum(map(len, parts[-newest:])) for g, parts in replay.items()} if len(next(iter(replay.values()))) > newest else None
+    both = lambda e: ([mirrored(e)] if c.mirror and e.game in MIRRORED else []) + [e]                 # what was seen comes last, so the newest part ends with it
+    parts = {g: [[tokenise(agent.tokenizer, x) for x in both(e)] for e in es] for g, es in replay.items()}
+    data = {g: join_tokens(sum(p, [])) for g, p in parts.items()}
+    recent = {g: len(data[g]) - sum(map(len, sum(p[-newest:], []))) for g, p in parts.items()} if len(next(iter(replay.values()))) > newest else None
     if steps := c.world_steps if r else c.begin_world:
-        fit(agent.world, token_batches({g: d.to(stage.device) for g, d in data.items()}, c.batch, c.window, recent), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
+        fit(agent.world, token_batches({g: d.to(stage.device) for g, d in data.items()}, c.batch, c.window, recent), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05, half=c.half), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
     return data, recent
 
 # %% ../nbs/10_agent.ipynb #going-on
@@ -420,17 +432,31 @@ class Imitation(torch.nn.Module):
         return away + error / 2, {'away': away, 'value': error}
 
 @torch.no_grad()
-def both_see(new, old, data, replay, newest):
-    "What the policy of `new` sees after each context of the `newest` steps a game of `replay` {game: list of Episodes}, which are `data` {game: Tokens} to its eyes, and what `old` would do and expects there: the arguments of `Imitation.loss`."
+def both_see(new, old, replay, newest, mirror=False):
+    "What the policy of `new` sees after each context of at least the `newest` steps a game of `replay` {game: list of Episodes}, and what `old` would do and expects there: the arguments of `Imitation.loss`. With `mirror` also what `new` sees in a mirror, where `old` would do the same the other way round."
     rows = []
     for a in (new, old): a.world.eval(); a.policy.eval()
     for i, g in enumerate(new.games):
-        theirs, ours = join_tokens([tokenise(old.tokenizer, e) for e in replay[g]]), data[g]
-        start = ours.windows(new.context)[-newest:]
-        masks = torch.from_numpy(action_mask(g)).to(new.device).expand(len(start), -1)
-        logits, values = old.policy(seen_after(old, theirs, start, i), masks)
-        rows.append((seen_after(new, ours, start, i).half(), masks, logits.log_softmax(-1), values, values.std().clamp(min=1e-3).expand(len(start))))
+        masks, spread, seen = torch.from_numpy(action_mask(g)).to(new.device), [], 0
+        for e in reversed(replay[g]):
+            if seen >= newest: break
+            d = tokenise(old.tokenizer, e); start = d.windows(new.context)[seen - newest:]; seen += len(start)
+            logits, values = old.policy(seen_after(old, d, start, i), masks.expand(len(start), -1))
+            for x, order in [(e, torch.arange(len(masks)))] + ([(mirrored(e), torch.tensor(MIRROR))] if mirror and g in MIRRORED else []):
+                rows.append([seen_after(new, tokenise(new.tokenizer, x), start, i).half(), masks.expand(len(start), -1), logits.log_softmax(-1)[:, order.to(new.device)], values])
+                spread.append(values)
+        unit = torch.cat(spread).std().clamp(min=1e-3)
+        for row, v in zip(rows[-len(spread):], spread, strict=True): row.append(unit.expand(len(v)))
     return tuple(torch.cat(x) for x in zip(*rows, strict=True))
+
+def imitate(stage, new, old, replay, newest, name, mirror=False, epochs=8, batch=512):
+    "The policy of `new` learns for `epochs` over the `newest` steps a game of `replay` to do and to expect what `old` would (@eq-imitation); resumes from the checkpoint `name`."
+    seen = both_see(new, old, replay, newest, mirror)
+    def draw(rng):
+        at = torch.from_numpy(rng.integers(len(seen[0]), size=batch)).to(seen[0].device)
+        return seen[0][at].float(), *(x[at] for x in seen[1:])
+    fit(Imitation(new.policy), draw, FitConfig(max(1, epochs * len(seen[0]) // batch)), seed=derive(stage.seed, name), checkpoint=stage.checkpoint(name), desc='learning what the old one does')
+    new.policy.eval()
 
 def with_new_eyes(stage, agent, replay, c, newest=80_000, epochs=8, batch=512):
     """An `Agent` whose frames have `c.grid` cells a side and that does what `agent` would. From `replay` {game: list of Episodes} its tokenizer learns for `c.begin_tokenizer` steps, its world model, whose transformer is that of `agent`,
@@ -439,14 +465,10 @@ def with_new_eyes(stage, agent, replay, c, newest=80_000, epochs=8, batch=512):
     require(c.begin_tokenizer and c.begin_world, f'an agent with {c.grid} cells a side needs a tokenizer and a world model that learned: say for how many steps with begin_tokenizer and begin_world')
     new = fresh_agent(stage, replay, c, agent.context)
     new.world.load_state_dict({k: v for k, v in agent.world.state_dict().items() if k.startswith(('blocks.', 'act.', 'game.', 'norm.', 'reward.', 'proceed.'))}, strict=False)
-    data, _ = study(stage, new, replay, c, 0)
+    study(stage, new, replay, c, 0)
     new.policy.config.mix, new.power, new.units, new.real_steps = agent.policy.config.mix, agent.power, dict(agent.units), agent.real_steps
-    seen = both_see(new, agent, data, replay, newest)
-    def draw(rng):
-        at = torch.from_numpy(rng.integers(len(seen[0]), size=batch)).to(seen[0].device)
-        return seen[0][at].float(), *(x[at] for x in seen[1:])
-    fit(Imitation(new.policy), draw, FitConfig(max(1, epochs * len(seen[0]) // batch)), seed=derive(stage.seed, 'eyes'), checkpoint=stage.checkpoint('eyes'), desc='learning what the old one does')
-    new.policy.eval(); stage.save('agent-eyes', new)
+    imitate(stage, new, agent, replay, newest, 'eyes', c.mirror, epochs, batch)
+    stage.save('agent-eyes', new)
     for name in ('begin-tokenizer', 'world-0', 'eyes'): drop_checkpoint(stage.checkpoint(name))
     return new
 

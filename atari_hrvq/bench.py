@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .agent import Agent
-from .core import FitConfig, GAMES, best_device, count_parameters, load_tree, make_adamw, one_thread, repo_path, require
+from .core import FitConfig, GAMES, best_device, count_parameters, in_half, load_tree, make_adamw, one_thread, repo_path, require
 from .dream import observation_size, observe
 from .encoder import EncoderConfig, EncoderTraining, frame_batches
 from .frames import ACTIONS, RandomPolicy, collect, make_env
@@ -150,10 +150,13 @@ def bench_dream():
     world, B, T = WorldModel(WorldConfig()).to(device), 24, 20
     opt, (game, codes) = make_adamw(world, FitConfig(1)), (torch.arange(B, device=device) % 3, torch.randint(0, 256, (B, T, 9, 3), device=device))
     batch = codes, torch.zeros(B, T, dtype=torch.long, device=device), torch.zeros(B, T, device=device), torch.zeros(B, T, dtype=torch.bool, device=device), game, codes, torch.ones(B, T, dtype=torch.bool, device=device)
-    def step(): opt.zero_grad(); world.train().loss(*batch)[0].backward(); opt.step()
+    def step(half=False):
+        with in_half(device, half): loss = world.train().loss(*batch)[0]
+        opt.zero_grad(); loss.backward(); opt.step()
     with FlopCounterMode(display=False) as count: step()
     t = median_seconds(step, 5)
     rows.append(bench_row(f'world model training step, {active_parameters(world) / 1e6:.1f}M of {count_parameters(world) / 1e6:.1f}M parameters active', B * T / t, 'frames/s', t * flops / count.get_total_flops()))
+    if device.type == 'cpu': halved = median_seconds(lambda: step(True), 5); rows.append(bench_row('the same in bf16', B * T / halved, 'frames/s', halved * flops / count.get_total_flops(), 'the same in fp32', t / halved))
     if device.type == 'cuda': rows.append(bench_row('peak memory of the GPU', torch.cuda.max_memory_allocated() / 1e9, 'GB', None))
     return rows + [bench_row('peak memory of this process', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 'GB', None)]
 
@@ -167,14 +170,14 @@ cache = agent.world.eval().start(start['codes'], start['actions'], start['game']
 step = agent.world.step(cache, torch.zeros(len(start['game']), dtype=torch.long))
 assert agent.tokenizer.decode(step.codes.to(torch.uint8), start['game']).shape[1:] == (84, 84)"""
 
-def dream_rate(agent, start, game, dreams=256, steps=8):
-    "Steps a second of `dreams` dreams of `game` in which the agent's policy acts, from the contexts of a stored dream."
+def dream_rate(agent, start, game, dreams=256, steps=8, half=False):
+    "Steps a second of `dreams` dreams of `game` in which the agent's policy acts, from the contexts of a stored dream; with `half` in bf16 (`in_half`)."
     agent.start(game, dreams)
     mine = start['game'] == agent.games.index(game)
     require(bool(mine.any()), f'the stored dream has no room of {game}: ship the agent again')
     some = torch.arange(dreams) % int(mine.sum())
     act = acting(agent.world, agent.policy, agent.world.start(start['codes'][mine][some], start['actions'][mine][some], agent.game), agent.mask)
-    return dreams * steps / median_seconds(lambda: [act() for _ in range(steps)], 3, 1)
+    with in_half(agent.device, half): return dreams * steps / median_seconds(lambda: [act() for _ in range(steps)], 3, 1)
 
 @one_thread()
 def bench_agent(steps=100, rounds=5, starts=3, root='pretrained'):
@@ -197,8 +200,9 @@ def bench_agent(steps=100, rounds=5, starts=3, root='pretrained'):
             alone, played = in_turns({'alone': lambda: play(False), 'agent': lambda: play(True)}, rounds).values()
             rows.append(bench_row(f'{folder.name}: real {game}, one game, one thread', steps / played, 'agent steps/s', played / alone))
             env.close()
-            dreamt = dream_rate(agent, load_tree(folder / 'dream.safetensors')['start'], game)
-            rows.append(bench_row(f'{folder.name}: dreaming {game}, 256 dreams, one thread', dreamt, 'dream steps/s', None, 'the real game on one core, nobody thinking', dreamt * alone / steps))
+            for half in (False, True):
+                dreamt = dream_rate(agent, load_tree(folder / 'dream.safetensors')['start'], game, half=half)
+                rows.append(bench_row(f'{folder.name}: dreaming {game}, 256 dreams, one thread{", in bf16" * half}', dreamt, 'dream steps/s', None, 'the real game on one core, nobody thinking', dreamt * alone / steps))
     return rows
 
 BENCHES = {'frames': bench_frames, 'encoder': bench_encoder, 'quantizer': bench_quantizer, 'dream': bench_dream, 'agent': bench_agent}

@@ -5,7 +5,7 @@
 # %% ../nbs/01_frames.ipynb #imports
 from __future__ import annotations
 import copy, difflib, hashlib, os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import ale_py, cv2
 import gymnasium as gym
 import joblib, psutil
@@ -16,11 +16,11 @@ from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 from .core import BookError, GAMES, Stage, choices, derive, progress, require, rng_for, write_atomic
 
 # %% auto #0
-__all__ = ['PROTOCOLS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'SCREEN', 'KINDS', 'ARRAYS', 'SPLITS', 'Protocol', 'rom_id',
-           'legal_actions', 'action_mask', 'LegalActions', 'GameInfo', 'make_env', 'make_vec_env', 'state_labels',
-           'screen_positions', 'episode_windows', 'Episodes', 'join_episodes', 'RandomPolicy', 'ReadingPolicy',
-           'collect', 'ReplayPolicy', 'regenerate', 'frame_cache', 'store_episodes', 'load_stored', 'collect_split',
-           'load_episodes']
+__all__ = ['PROTOCOLS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'SCREEN', 'KINDS', 'ARRAYS', 'MIRRORED', 'MIRROR', 'SPLITS', 'Protocol',
+           'rom_id', 'legal_actions', 'action_mask', 'LegalActions', 'GameInfo', 'make_env', 'make_vec_env',
+           'state_labels', 'screen_positions', 'episode_windows', 'Episodes', 'join_episodes', 'RandomPolicy',
+           'ReadingPolicy', 'collect', 'ReplayPolicy', 'regenerate', 'mirrored', 'frame_cache', 'store_episodes',
+           'load_stored', 'collect_split', 'load_episodes']
 
 # %% ../nbs/01_frames.ipynb #protocol
 @dataclass(frozen=True)
@@ -325,6 +325,17 @@ def regenerate(game, protocol, seeds, actions, episode, *, workers=1, frames=Non
     shards = [(game, protocol, ReplayPolicy(actions[a:b]), None, seeds[episode[a]:episode[b - 1] + 1], starts[a:b], b - a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     out = _empty(len(actions), frames)
     return Episodes(game, protocol, seeds=_run_shards(shards, out, workers or os.cpu_count(), f'replaying {game}'), **out)
+
+# %% ../nbs/01_frames.ipynb #mirror
+MIRRORED = ('breakout', 'ms_pacman')                    # games in which left and right could change places
+_swap = str.maketrans('<>', '><')
+_names = [a.name.replace('LEFT', '<').replace('RIGHT', '>') for a in ale_py.Action]
+MIRROR = tuple(_names.index(name.translate(_swap)) for name in _names)      # the action of each action in the mirror
+
+def mirrored(episodes):
+    "An `Episodes` as a mirror shows it: the columns of its frames and the left and right of its actions have changed places. Its RAM has not."
+    require(episodes.game in MIRRORED, f'a mirror shows another game than {episodes.game}: left and right can change places in {" and ".join(MIRRORED)}')
+    return replace(episodes, frames=np.ascontiguousarray(np.asarray(episodes.frames)[:, :, ::-1]), actions=np.array(MIRROR)[episodes.actions])
 
 # %% ../nbs/01_frames.ipynb #store
 def frame_cache(stage, name, steps):

@@ -74,10 +74,9 @@ class ActorCritic(Pretrained):
 
     def forward(self, obs, action_mask=None, raw=False):
         h = self.body(obs.to(torch.float32, memory_format=torch.channels_last).div_(255) if obs.dtype == torch.uint8 else obs)
-        logits = self.actor(h)
+        with torch.autocast(h.device.type, enabled=False): logits, said = self.actor(h.float()), self.critic(h.float())      # probabilities and values in fp32, whatever the body computes in
         if action_mask is not None: logits = logits.masked_fill(action_mask == 0, -1e9)
         if self.config.mix: logits = mixed(logits, self.config.mix)
-        said = self.critic(h)
         return logits, said if raw else said[:, 0] if self.bins is None else said.softmax(-1) @ symexp(self.bins)
 
     def critic_error(self, said, target, variance=1.):

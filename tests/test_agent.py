@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from atari_hrvq import agent as module, world as world_module
-from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, Imitation, LoopConfig, both_see, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, improve, join_tokens, learn, play, real_advantages, real_returns, remembered, replay_frames, returns_to_hold, train_agent, with_new_eyes
+from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, Imitation, LoopConfig, both_see, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, imitate, improve, join_tokens, learn, play, real_advantages, real_returns, remembered, replay_frames, returns_to_hold, study, train_agent, with_new_eyes
 from atari_hrvq.dream import Contexts
 from atari_hrvq.core import PROFILES, BookError, Stage, load_checkpoint, save_tree
-from atari_hrvq.frames import LEGAL, RandomPolicy, action_mask, collect, load_stored, store_episodes
+from atari_hrvq.frames import LEGAL, MIRROR, MIRRORED, RandomPolicy, action_mask, collect, load_stored, mirrored, store_episodes
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.ppo import PPO, PPOConfig
 from atari_hrvq.pretrained import pack_replay
@@ -103,6 +103,46 @@ def test_half_of_the_frames_are_new(parts):
     assert sum(any(np.array_equal(f[0], x) for x in new.frames) for f in frames.numpy()) / 40 < share
 
 
+def test_a_mirror_shows_a_half_of_the_frames_and_doubles_what_is_learned_from(parts, tmp_path):
+    "Where left could be right, and nowhere else; what was seen comes behind its mirror picture, so that the newest steps are still the last."
+    agent, replay = fresh(parts)[0], {g: [head(parts[1][g], 60), parts[1][g]] for g in GAMES}
+    for g in GAMES:
+        e = replay[g][1]
+        frames = replay_frames({g: [e]}, GAMES, 60, mirror=True)(np.random.default_rng(0))[0].numpy()[:, 0]
+        here, there = (np.array([any(np.array_equal(f, x) for x in seen) for f in frames]) for seen in (e.frames, e.frames[:, :, ::-1]))
+        assert (here | there).all() and (there & ~here).any() == (g in MIRRORED) and here.any()
+    stage = Stage('10_agent', tmp_path, 'smoke', GAMES, 0)
+    c = replace(LOOP, world_steps=0, begin_world=0, tokenizer_steps=0, mirror=True)
+    data, recent = study(stage, agent, replay, c, 1)
+    for g, d in data.items():
+        twice = 1 + (g in MIRRORED)
+        assert len(d) == 150 * twice and recent[g] == 60 * twice
+        assert torch.equal(d.codes[-90:], tokenise(agent.tokenizer, replay[g][1]).codes) and torch.equal(d.actions[-90:], torch.from_numpy(replay[g][1].actions))
+        if g in MIRRORED: assert torch.equal(d.actions[recent[g]:recent[g] + 90], torch.tensor(MIRROR)[d.actions[-90:]]) and torch.equal(d.codes[recent[g]:recent[g] + 90], tokenise(agent.tokenizer, mirrored(replay[g][1])).codes)
+
+
+def test_after_a_study_the_policy_does_what_it_did(parts, tmp_path, monkeypatch):
+    "The models move under a policy; taught by what it was, also in the mirror, it does through the new ones what it did through the old. Models that stay need no lesson."
+    agent, _, c = fresh(parts); replay = {g: [e] for g, e in parts[1].items()}
+    agent.policy.actor.weight.data.normal_(std=.3); old = copy.deepcopy(agent)
+    for p in agent.world.parameters(): p.data += .05 * torch.randn_like(p)
+    stage = Stage('10_agent', tmp_path, 'smoke', GAMES, 0)
+    rows = both_see(agent, old, replay, 50, mirror=True)
+    assert [len(x) for x in rows] == 5 * [150]                          # Pong, Breakout, Breakout in the mirror
+    assert torch.equal(rows[2][100:], rows[2][50:100][:, torch.tensor(MIRROR)]) and torch.equal(rows[3][100:], rows[3][50:100]) and not torch.equal(rows[0][100:], rows[0][50:100])                       # what to do in the mirror is the other way round
+    away = lambda: Imitation(agent.policy).loss(rows[0].float(), *rows[1:])[1]['away'].item()
+    before = away(); imitate(stage, agent, old, replay, 50, 'again', True, epochs=60, batch=64)
+    assert away() < .5 * before
+    asked = []
+    monkeypatch.setattr(module, 'imitate', lambda stage, new, old, replay, newest, name, mirror: asked.append((newest, name, mirror)))
+    agent, ppo, _ = fresh(parts)
+    learn(stage, agent, ppo, {g: [e] for g, e in parts[1].items()}, replace(LOOP, rounds=1, imitate=40, mirror=True, half=True))
+    assert asked == [(40, f'again-{r}', True) for r in (0, 1)]
+    agent, ppo, _ = fresh(parts)
+    learn(Stage('10_agent', tmp_path / 'still', 'smoke', GAMES, 0), agent, ppo, {g: [e] for g, e in parts[1].items()}, replace(LOOP, rounds=1, imitate=40, world_steps=0, tokenizer_steps=0))
+    assert len(asked) == 2
+
+
 def test_a_fresh_agent_sees_only_what_it_is_given(parts, tmp_path):
     loop = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, first=60, begin_tokenizer=9, frames=30)
     replay = {g: [head(e, loop.first)] for g, e in parts[1].items()}
@@ -133,7 +173,7 @@ def test_new_eyes(parts, shipped, monkeypatch):
     new = with_new_eyes(stage, old, replay, c, newest=50, epochs=60, batch=64)
     assert (new.tokenizer.config.grid, new.units, new.power, new.real_steps, new.policy.config.mix) == (4, old.units, .5, 180, old.policy.config.mix)
     assert new.policy.config.obs_shape != old.policy.config.obs_shape and all(torch.equal(v, taught[1][1][k]) for k, v in old.world.state_dict().items() if k.startswith(('blocks.', 'act.', 'proceed.')))
-    rows = both_see(new, old, {g: join_tokens([tokenise(new.tokenizer, e) for e in es]) for g, es in replay.items()}, replay, 50)
+    rows = both_see(new, old, replay, 50)
     assert [len(x) for x in rows] == 5 * [50 * len(GAMES)]
     unlike = [Imitation(p).loss(rows[0].float(), *rows[1:])[1]['away'].item() for p in (new.policy, Agent.fresh(new.tokenizer, new.world, 16).policy)]
     assert unlike[0] < .5 * unlike[1], unlike                             # on the steps it learned from

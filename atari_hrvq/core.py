@@ -81,8 +81,8 @@ def best_device():
 
 def in_half(device, on):
     """A context in which the matrix products of a CPU are in bf16 if `on`, while weights, sums and losses stay fp32 (Micikevicius et al., 2018). A CPU with bf16 instructions does them several times as fast,
-    one without them slower; on a GPU nothing changes, which has TF32."""
-    return torch.autocast('cpu', torch.bfloat16, enabled=bool(on) and torch.device(device).type == 'cpu')
+    one without them slower; on a GPU nothing changes, which has TF32. Nothing that was rounded is kept for later, so weights may learn inside."""
+    return torch.autocast('cpu', torch.bfloat16, enabled=bool(on) and torch.device(device).type == 'cpu', cache_enabled=False)
 
 class Graphed:
     """`f(*tensors)`, on a GPU as a CUDA graph: called `warmup` times, then recorded, from then on replayed on copies of what it is given.

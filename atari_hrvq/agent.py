@@ -162,7 +162,7 @@ def join_tokens(parts):
 
 # %% ../nbs/10_agent.ipynb #improve
 def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=None, real_rows=1_200, played=None, real_actions=3_600, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, half=False, desc='dreaming'):
-    """Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` a step, of all and of each game, PPO's metrics).
+    """Train `agent.policy` by PPO in `dreams` dreams of `horizon` steps, `iterations` times; returns the history (`step`, `dream_reward` and `dream_end` a step, of all and of each game, PPO's metrics; a step after an ending is none, so a reward a step does not tell whether lives last).
     With `falling` the learning rate falls linearly to zero; with `foresight` the dreams pay @eq-foresight, of rewards as `agent.paid` has them. With `real` (of `real_returns`)
     the critic learns in each iteration from `real_rows` of its states too (@eq-grounded), and with `played` (of `real_advantages`) the policy from `real_actions` of its steps (@eq-played). With `half` a CPU dreams and learns in bf16."""
     envs = DreamVectorEnv(agent.world, contexts, dreams, horizon, temperature, tensors=True, foresight=foresight, power=agent.power, units=agent.units)
@@ -192,9 +192,9 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=Non
                 lived = rollout(envs, agent.policy, horizon, envs.reset(seed=derive(seed, desc, k) % 2**31), generator)
                 metrics = ppo.update(lived, generator, met[:some] or None, met[some:] or None)
         valid = lived.valid.float()
-        mean = lambda m: (lived.rewards * m).sum() / m.sum().clamp(min=1)
-        paid = torch.stack([mean(valid), *(mean(valid * (lived.game == i)) for i in range(len(agent.games)))]).tolist()
-        history.append({'step': k, **dict(zip(('dream_reward', *(f'dream_reward_{g}' for g in agent.games)), paid, strict=True)), **metrics})
+        per_step = lambda x: [((x * m).sum() / m.sum().clamp(min=1)).item() for m in (valid, *(valid * (lived.game == i) for i in range(len(agent.games))))]
+        told = {f'dream_{what}{g}': v for what, x in (('reward', lived.rewards), ('end', lived.terminated)) for g, v in zip(('', *(f'_{g}' for g in agent.games)), per_step(x), strict=True)}
+        history.append({'step': k, **told, **metrics})
         monitor(desc, history, 'dream_reward', last=k == iterations - 1)
         if checkpoint and time.time() - clock > every_s:
             clock = time.time()

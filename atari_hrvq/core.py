@@ -15,7 +15,7 @@ import safetensors.torch as st
 from tqdm.std import tqdm
 
 # %% auto #0
-__all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'BookError', 'require', 'choices', 'pick',
+__all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'WIDEST', 'BookError', 'require', 'choices', 'pick',
            'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'in_half', 'Graphed', 'set_rate', 'cores',
            'one_thread', 'count_parameters', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack',
            'write_atomic', 'write_json', 'save_tree', 'load_arrays', 'load_tree', 'file_hash', 'put_in_place',
@@ -611,8 +611,10 @@ def clean_number(v):
     return None if isinstance(v, float) and not math.isfinite(v) else v
 
 # %% ../nbs/00_core.ipynb #table
+WIDEST = 160
+
 class Table:
-    "Rows of dicts that show as a Markdown table in a notebook and as text in a terminal; floats get `digits` decimals."
+    "Rows of dicts that show as a Markdown table in a notebook and as text in a terminal, in columns up to `WIDEST` characters and else divided by bars; floats get `digits` decimals."
     def __init__(self, rows, digits=3): self.rows, self.digits = list(rows), digits
     def _cells(self):
         show = lambda v: '' if v is None else f'{v:.{self.digits}f}' if isinstance(v, float) else str(v)
@@ -625,6 +627,7 @@ class Table:
     def __str__(self):
         head, body = self._cells()
         width = [max(len(r[i]) for r in [head, *body]) for i in range(len(head))]
+        if sum(width) + 2 * len(width) > WIDEST: return '\n'.join(' | '.join(r) for r in [head, *body])
         return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in [head, ['-' * w for w in width], *body])
     __repr__ = __str__
 

@@ -321,7 +321,7 @@ def fresh_agent(stage, replay, c, context=8):
     torch.manual_seed(stage.seed)
     tokenizer = Tokenizer(TokenizerConfig(games=stage.games, grid=c.grid)).to(stage.device)
     tokenizer.background.measure({g: parts[0] for g, parts in replay.items()})
-    batches = replay_frames(replay, list(stage.games), c.frames)
+    batches = replay_frames(replay, list(stage.games), c.frames, mirror=c.mirror)
     fit(tokenizer, batches, FitConfig(c.begin_tokenizer, lr=4 * c.tokenizer_lr), seed=stage.seed, checkpoint=stage.checkpoint('begin-tokenizer'), desc='tokenizer',
         callback=start_codebooks(tokenizer, batches, c.begin_tokenizer // 8, stage.seed))
     return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer, contrast=c.contrast).to(stage.device), c.hidden, context)

@@ -190,6 +190,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                  'atari_hrvq.core.Stage.shipped': ('core.html#stage.shipped', 'atari_hrvq/core.py'),
                                  'atari_hrvq.core.Table': ('core.html#table', 'atari_hrvq/core.py'),
                                  'atari_hrvq.core.Table.__init__': ('core.html#table.__init__', 'atari_hrvq/core.py'),
+                                 'atari_hrvq.core.Table.__repr__': ('core.html#table.__repr__', 'atari_hrvq/core.py'),
                                  'atari_hrvq.core.Table.__str__': ('core.html#table.__str__', 'atari_hrvq/core.py'),
                                  'atari_hrvq.core.Table._cells': ('core.html#table._cells', 'atari_hrvq/core.py'),
                                  'atari_hrvq.core.Table._repr_markdown_': ('core.html#table._repr_markdown_', 'atari_hrvq/core.py'),

@@ -614,7 +614,7 @@ def clean_number(v):
 WIDEST = 160
 
 class Table:
-    "Rows of dicts that show as a Markdown table in a notebook and as text in a terminal, in columns up to `WIDEST` characters and else divided by bars; floats get `digits` decimals."
+    "Rows of dicts that show as a Markdown table in a notebook and as text in a terminal; floats get `digits` decimals. A notebook keeps the text beside the table, with bars for columns where it is wider than `WIDEST`: blanks take room."
     def __init__(self, rows, digits=3): self.rows, self.digits = list(rows), digits
     def _cells(self):
         show = lambda v: '' if v is None else f'{v:.{self.digits}f}' if isinstance(v, float) else str(v)
@@ -627,9 +627,10 @@ class Table:
     def __str__(self):
         head, body = self._cells()
         width = [max(len(r[i]) for r in [head, *body]) for i in range(len(head))]
-        if sum(width) + 2 * len(width) > WIDEST: return '\n'.join(' | '.join(r) for r in [head, *body])
         return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in [head, ['-' * w for w in width], *body])
-    __repr__ = __str__
+    def __repr__(self):
+        text, (head, body) = str(self), self._cells()
+        return text if max(map(len, text.splitlines()), default=0) <= WIDEST else '\n'.join(' | '.join(r) for r in [head, *body])
 
 # %% ../nbs/00_core.ipynb #bootstrap
 def bootstrap_mean(values, seed=0, draws=2000, level=.95):

@@ -192,8 +192,9 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=Non
                 lived = rollout(envs, agent.policy, horizon, envs.reset(seed=derive(seed, desc, k) % 2**31), generator)
                 metrics = ppo.update(lived, generator, met[:some] or None, met[some:] or None)
         valid = lived.valid.float()
-        per_step = lambda x: [((x * m).sum() / m.sum().clamp(min=1)).item() for m in (valid, *(valid * (lived.game == i) for i in range(len(agent.games))))]
-        told = {f'dream_{what}{g}': v for what, x in (('reward', lived.rewards), ('end', lived.terminated)) for g, v in zip(('', *(f'_{g}' for g in agent.games)), per_step(x), strict=True)}
+        of = torch.stack([valid, *(valid * (lived.game == i) for i in range(len(agent.games)))])                     # [1 + games, T, B]: the steps of all and of each game
+        per_step = (torch.stack([lived.rewards, lived.terminated.float()])[:, None] * of).sum((2, 3)) / of.sum((1, 2)).clamp(min=1)
+        told = {f'dream_{what}{g}': v for what, row in zip(('reward', 'end'), per_step.tolist(), strict=True) for g, v in zip(('', *(f'_{g}' for g in agent.games)), row, strict=True)}
         history.append({'step': k, **told, **metrics})
         monitor(desc, history, 'dream_reward', last=k == iterations - 1)
         if checkpoint and time.time() - clock > every_s:

@@ -434,7 +434,7 @@ class Imitation(torch.nn.Module):
 
 @torch.no_grad()
 def both_see(new, old, replay, newest, mirror=False):
-    "What the policy of `new` sees after each context of at least the `newest` steps a game of `replay` {game: list of Episodes}, and what `old` would do and expects there: the arguments of `Imitation.loss`. With `mirror` also what `new` sees in a mirror, where `old` would do the same the other way round."
+    "What the policy of `new` sees after each context of the `newest` steps a game of `replay` {game: list of Episodes}, and what `old` would do and expects there: the arguments of `Imitation.loss`. With `mirror` also what `new` sees in a mirror, where `old` would do the same the other way round."
     rows = []
     for a in (new, old): a.world.eval(); a.policy.eval()
     for i, g in enumerate(new.games):

@@ -33,11 +33,12 @@ class Agent:
 
     `start(game, n, seed)` prepares `n` games (one name, or a list of names); `act(frames uint8 [n, T, 84, 84], restart bool [n]) -> int64 [n]`,
     where `restart` marks rows whose frame is the first of an episode. `last_value` float [n] is the critic's opinion of what `act` saw.
-    `real_steps`: agent steps of each game that it has learned from; `power` and `units` {game: smallest reward}: what its dreams paid for a reward (@eq-power), which is what its critic speaks of."""
-    def __init__(self, tokenizer, world, policy, context=8, real_steps=0, power=0., units=None):
+    `real_steps`: agent steps of each game that it has learned from; `power` and `units` {game: smallest reward}: what its dreams paid for a reward (@eq-power), which is what its critic speaks of. `temperature` {game: T}: it plays by softmax(logits / T), 1 where none is said ([chapter 11](11_evaluate.ipynb))."""
+    def __init__(self, tokenizer, world, policy, context=8, real_steps=0, power=0., units=None, temperature=None):
         world.check_tokenizer(tokenizer)
         self.tokenizer, self.world, self.policy, self.context, self.real_steps = tokenizer, world, policy, context, real_steps
-        self.games, self.codes, self.power, self.units = list(world.config.games), None, power, units or {}
+        self.games, self.codes, self.power, self.units, self.temperature = list(world.config.games), None, power, units or {}, dict(temperature or {})
+        require(all(t > 0 for t in self.temperature.values()), f'a temperature is more than 0, got {self.temperature}')
 
     @classmethod
     def fresh(cls, tokenizer, world, hidden=256, context=8):
@@ -51,7 +52,7 @@ class Agent:
         folder = Path(folder)
         for name in ('tokenizer', 'world', 'policy'):                # the tokenizer's codes are what all else is about: never in 8 bits
             getattr(self, name).save_pretrained(folder / name, torch.float16 if name == 'tokenizer' and dtype == torch.int8 else dtype)
-        write_json(folder / 'config.json', {'class': 'Agent', 'context': self.context, 'real_steps': self.real_steps, 'power': self.power, 'units': self.units})
+        write_json(folder / 'config.json', {'class': 'Agent', 'context': self.context, 'real_steps': self.real_steps, 'power': self.power, 'units': self.units, **({'temperature': self.temperature} if self.temperature else {})})
         return folder
 
     @classmethod
@@ -59,14 +60,16 @@ class Agent:
         folder = Path(folder)
         config = read_json(folder / 'config.json', {})
         require(config.get('class') == 'Agent', f'{folder} does not hold an Agent: expected the folder that Agent.save_pretrained wrote')
-        return cls(Tokenizer.from_pretrained(folder / 'tokenizer', device), WorldModel.from_pretrained(folder / 'world', device), ActorCritic.from_pretrained(folder / 'policy', device), config['context'], config.get('real_steps', 0), config.get('power', 0.), config.get('units'))
+        return cls(Tokenizer.from_pretrained(folder / 'tokenizer', device), WorldModel.from_pretrained(folder / 'world', device), ActorCritic.from_pretrained(folder / 'policy', device), config['context'], config.get('real_steps', 0), config.get('power', 0.), config.get('units'), config.get('temperature'))
 
-    def start(self, game, n, seed=0):
+    def start(self, game, n, seed=0, learning=False):
+        "Begin `n` games; `learning`: at temperature 1, as PPO takes its actions to be drawn."
         names = [game] * n if isinstance(game, str) else list(game)
         for g in names: require(g in self.games, f'this agent does not know {g!r}: expected one of {", ".join(self.games)}')
         require(len(names) == n, f'expected {n} names of games, got {len(names)}')
         self.game = torch.tensor([self.games.index(g) for g in names], device=self.device)
         self.mask = torch.from_numpy(np.stack([action_mask(g) for g in names])).to(self.device)
+        self.heat = torch.tensor([1. if learning else self.temperature.get(g, 1.) for g in names], device=self.device)[:, None]
         self.generator, self.codes, self.last_value = torch.Generator().manual_seed(derive(seed, 'agent')), None, np.zeros(n, np.float32)
         for m in (self.tokenizer, self.world, self.policy): m.eval()
 
@@ -81,7 +84,8 @@ class Agent:
         return observe(z[:, -1], z[:, -2], h[:, -1])
 
     @torch.no_grad()
-    def act(self, frames, restart, greedy=False):
+    def remember(self, frames, restart):
+        "Take in what `act` is shown, and `previous`, the actions that led to it; what a copy of this agent that somebody else leads calls before it asks `opinion`."
         require(hasattr(self, 'game'), 'the agent has not begun: call start(game, n) first')
         now = self.tokenizer.encode(torch.as_tensor(frames)[:, -1:]).to(self.device)
         again = torch.as_tensor(restart, device=self.device)
@@ -91,7 +95,16 @@ class Agent:
             self.codes = torch.cat([self.codes[:, 1:], now[:, None]], 1)
             self.actions = torch.cat([self.actions[:, 1:], self.previous[:, None]], 1)
             self.codes[again], self.actions[again] = now[again][:, None].expand(-1, self.context, -1, -1), 0
+
+    @torch.no_grad()
+    def opinion(self):
+        "Logits [n, 18] that it draws from, and values [n]."
         logits, value = self.policy(self.sees(self.codes, self.actions, self.game), self.mask)
+        return logits / self.heat, value
+
+    def act(self, frames, restart, greedy=False):
+        self.remember(frames, restart)
+        logits, value = self.opinion()
         if greedy: self.previous = logits.argmax(-1)
         else: self.previous = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=self.generator)[:, 0].to(self.device)
         self.last_value = value.float().cpu().numpy()
@@ -133,7 +146,7 @@ def play(agent, games, each, steps, seed, protocol='atari100k', desc='playing', 
     names = [g for g in games for _ in range(each)]
     envs = Games(names, protocol, workers or (cores() if agent.device.type == 'cuda' else 1))
     rows, seeds, now, restart = [[] for _ in names], [[] for _ in names], [None] * len(names), np.ones(len(names), bool)
-    agent.start(names, len(names), derive(seed, 'play'))
+    agent.start(names, len(names), derive(seed, 'play'), learning=True)
     for _ in progress(range(steps), desc):
         again = np.flatnonzero(restart)
         for i in again: seeds[i].append(derive(seed, names[i], i, len(seeds[i])) % 2**31)

@@ -15,8 +15,8 @@ from .publish import publish, results_table, ship, store_outputs, write_between
 # %% auto #0
 __all__ = ['BENCHES', 'Parser', 'parser', 'command_run', 'whole_numbers', 'pairs', 'loop_changes', 'command_train',
            'command_pack', 'command_unpack', 'command_status', 'command_claims', 'can_be_written', 'command_bench',
-           'command_outputs', 'command_publish', 'command_ship', 'command_verify', 'command_evaluate', 'command_play',
-           'main']
+           'command_outputs', 'command_publish', 'temperatures', 'command_ship', 'command_verify', 'command_evaluate',
+           'command_play', 'main']
 
 # %% ../nbs/93_cli.ipynb #parser
 BENCHES = ('frames', 'encoder', 'quantizer', 'dream', 'agent')
@@ -55,6 +55,7 @@ def parser():
     w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, motion_tokenizer; agent: all that plays, scored and checked; or a chapter, such as A2_ablations: its figures alone')
     w.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)'); w.add_argument('--to', default='pretrained', help='default: %(default)s')
     w.add_argument('--as', dest='label', default='three-games', help='the folder of an agent (default: %(default)s)'); w.add_argument('--episodes', type=int, default=30, help='whole games that an agent is scored on (default: %(default)s)')
+    w.add_argument('--temperatures', default='', metavar='1,.5', help='of these the agent is to play at the best one of each game, chosen on other games (default: as it is)')
     v = sub.add_parser('verify', help='check shipped weights: files, sizes, a stored dream'); v.add_argument('folder', help='such as pretrained/three-games')
     e = sub.add_parser('evaluate', help='play whole games with shipped weights'); e.add_argument('folder', help='such as pretrained/three-games')
     e.add_argument('--game', required=True, help='one of those that the weights know'); e.add_argument('--episodes', type=int, default=30, help='default: %(default)s'); e.add_argument('--seed', type=int, help='default: that of the shipped score')
@@ -144,11 +145,18 @@ def command_outputs(a): store_outputs(a.run)
 
 def command_publish(a): publish(a.run, a.out)
 
+def temperatures(text):
+    "'1,.5' as (1., .5)."
+    try: found = tuple(float(t) for t in text.split(',')) if text else ()
+    except ValueError: found = (0.,)
+    require(all(t > 0 for t in found), f'--temperatures {text!r} is not a list of numbers above 0: expected something like 1,.5')
+    return found
+
 def command_ship(a):
     require(a.episodes >= 1, f'--episodes {a.episodes} is no number from 1 on')
     if a.name != 'agent': return ship(a.run, a.name, a.to)
     from atari_hrvq.pretrained import ship_agent
-    print(f'shipped: {ship_agent(a.run, Path(a.to) / a.label, {**hardware(), **versions()}, a.episodes)}')
+    print(f'shipped: {ship_agent(a.run, Path(a.to) / a.label, {**hardware(), **versions()}, a.episodes, temperatures(a.temperatures))}')
 
 def command_verify(a):
     from atari_hrvq.pretrained import verify

@@ -4,20 +4,21 @@
 
 # %% ../nbs/11_evaluate.ipynb #imports
 from __future__ import annotations
-import io, os
+import copy, io, os
 import joblib
 import numpy as np
 import torch
 from PIL import Image
 from scipy.stats import trim_mean
 from .core import GAMES, Stage, bootstrap_mean, choices, derive, progress, require, rng_for, write_atomic
-from .frames import LEGAL, action_mask, make_env
-from .ppo import ActorCritic, realised, sample
+from .dream import observe
+from .frames import LEGAL, action_mask, legal_actions, make_env
+from .ppo import ActorCritic, PPOConfig, realised, sample
 
 # %% auto #0
-__all__ = ['RANDOM_SCORE', 'HUMAN_SCORE', 'human_normalised', 'iqm', 'bootstrap_interval', 'bootstrap_difference',
-           'steps_to_reach', 'evaluate', 'check_full_game', 'value_calibration', 'RandomAgent', 'PolicyAgent',
-           'tournament', 'record_video']
+__all__ = ['RANDOM_SCORE', 'HUMAN_SCORE', 'TEMPERATURES', 'human_normalised', 'iqm', 'bootstrap_interval', 'bootstrap_difference',
+           'steps_to_reach', 'evaluate', 'check_full_game', 'cool', 'value_calibration', 'RandomAgent', 'PolicyAgent',
+           'tournament', 'record_video', 'what_if', 'decisive']
 
 # %% ../nbs/11_evaluate.ipynb #hns
 RANDOM_SCORE = {'pong': -20.7, 'breakout': 1.7, 'ms_pacman': 307.3}
@@ -89,6 +90,27 @@ def check_full_game(env):
         assert not getattr(layer, 'terminal_on_life_loss', False) and not getattr(layer, 'life_loss_ends', False), 'evaluation plays whole games'
         layer = layer.env
 
+# %% ../nbs/11_evaluate.ipynb #cool
+TEMPERATURES = (1., .75, .5, .35, .25)
+
+def cool(agent, games=None, temperatures=TEMPERATURES, episodes=30, seed=0, max_steps=5_000):
+    """Let `agent` play `episodes` whole games at each of `temperatures` and keep the best one of each game in `agent.temperature`. Returns rows `game`, `temperature`, `score` and its interval `lo` to `hi`, `steps` played, `kept`.
+
+    The seeds are not those of `evaluate` with the same `seed`. Games are cut after `max_steps` agent steps and count as far as they went."""
+    require(temperatures and min(temperatures) > 0, f'expected temperatures above 0, got {temperatures}')
+    rows, chosen = [], dict(agent.temperature)
+    for g in games or agent.games:
+        mine = []
+        for t in temperatures:
+            agent.temperature = {**chosen, g: t}
+            played = evaluate(agent, g, episodes, derive(seed, 'cool'), max_steps=max_steps, desc=f'{g} at {t:g}')
+            score, lo, hi = bootstrap_mean([e['return'] for e in played], seed)
+            mine.append({'game': g, 'temperature': t, 'score': score, 'lo': lo, 'hi': hi, 'steps': sum(e['steps'] for e in played), 'episodes': episodes})
+        chosen[g] = max(mine, key=lambda r: r['score'])['temperature']
+        rows += [{**r, 'kept': r['temperature'] == chosen[g]} for r in mine]
+    agent.temperature = chosen
+    return rows
+
 # %% ../nbs/11_evaluate.ipynb #realised
 def value_calibration(episodes, gamma, bins=8, seed=0):
     """How the critic's values compare with what came: `(rows, correlation, lo, hi, bias)` of what `evaluate` returned. `rows`: (mean value, mean return, steps)
@@ -159,3 +181,106 @@ def record_video(agent, game, path, seed=0, steps=300, scale=2, every=2, greedy=
     pictures[0].save(buffer, 'GIF', save_all=True, append_images=pictures[1:], duration=1000 * every // 15, loop=0)
     write_atomic(path, buffer.getvalue())
     return pictures
+
+# %% ../nbs/11_evaluate.ipynb #what-if
+class _Twins:
+    "The real games that an agent plays, each several times over, from where they are: `rows` int64 [N] says which."
+    def __init__(self, agent, envs, twins, rows, game):
+        self.twins, self.game, self.lives = twins, game, np.ones(len(rows), bool)
+        self.agent = copy.copy(agent)
+        for k in ('codes', 'actions', 'game', 'mask', 'heat'): setattr(self.agent, k, getattr(agent, k)[rows])
+        states = [env.unwrapped.clone_state(include_rng=True) for env in envs]
+        for twin, i in zip(twins, rows.tolist(), strict=True): twin.unwrapped.restore_state(states[i]); twin.lives, twin.over = envs[i].lives, False
+        self.opinion = self.agent.opinion
+
+    def step(self, actions):
+        "(what is paid, whether the life ends, whether a life or a point is lost): float [N] each."
+        frames, paid, ends, lost = np.zeros((len(actions), 84, 84), np.uint8), *np.zeros((3, len(actions)), np.float32)
+        for i in np.flatnonzero(self.lives):
+            frames[i], reward, terminated, _, info = self.twins[i].step(int(actions[i]))
+            paid[i], ends[i] = self.agent.paid(self.game, reward), info['life_lost'] or terminated
+            lost[i] = ends[i] or reward < 0
+        self.lives &= ends == 0
+        self.agent.previous = actions
+        self.agent.remember(frames[:, None], np.zeros(len(frames), bool))
+        return tuple(torch.from_numpy(x) for x in (paid, ends, lost))
+
+class _Dreamt:
+    "The same in dreams, from what the agent remembers of its games."
+    def __init__(self, agent, rows, game, generator, temperature=(.5, 0., 0.)):
+        self.world, self.policy, self.power, self.unit, self.mask, self.heat = agent.world, agent.policy, agent.power, agent.units.get(game, 1.), agent.mask[rows], agent.heat[rows]
+        self.generator, self.temperature, self.cache = generator, temperature, agent.world.start(agent.codes[rows], agent.actions[rows], agent.game[rows])
+
+    def step(self, actions):
+        told, head = self.world.step(self.cache, actions, self.temperature, self.generator), self.world.reward
+        ends = 1 - told.proceed
+        return head.power(head(self.cache.hidden), self.power) * self.unit ** -self.power, ends, torch.maximum(ends, (-told.reward).clamp(min=0))
+
+    def opinion(self):
+        logits, value = self.policy(observe(self.cache.history[:, -1], self.cache.history[:, -2], self.cache.hidden), self.mask)
+        return logits / self.heat, value
+
+@torch.no_grad()
+def _futures(world, moves, n, draws, depth, gamma, generator):
+    "@eq-what-if in `world`: `(Q float [n, A], L float [n, A])` of `moves` int64 [A] in n states. The policy's luck is the same for all moves."
+    act = moves.repeat_interleave(draws).repeat(n)                      # a row is a state, a move, a draw
+    lives, spared, q = torch.ones(len(act)), torch.ones(len(act)), torch.zeros(len(act))
+    for t in range(depth):
+        paid, ends, lost = world.step(act)
+        q, lives, spared = q + gamma ** t * lives * paid, lives * (1 - ends), spared * (1 - lives * lost)
+        logits, value = world.opinion()
+        luck = -torch.empty(n, 1, draws, logits.shape[-1]).exponential_(generator=generator).log()
+        act = (logits.float() + luck.expand(-1, len(moves), -1, -1).flatten(0, 2)).argmax(-1)
+    return [x.view(n, len(moves), draws).mean(-1).numpy() for x in (q + gamma ** depth * lives * value.float(), 1 - spared)]
+
+def what_if(agent, game, games=8, steps=400, every=5, depth=14, draws=4, follow=None, beta=20., ask=('game', 'dreams'), seed=0, protocol='atari100k', desc=None):
+    """Play `games` copies of `game` for `steps` agent steps each and ask at every `every`-th step what each legal move would lead to (@eq-what-if), in the real game and in dreams, whichever `ask` names.
+
+    With `follow` ('game' or 'dreams') the agent then does what that says (@eq-look-ahead with `beta`), else what its policy draws. Returns `q_game`, `lost_game`, `q_dreams`, `lost_dreams`, `policy` float [S, A] of the S states asked in the order of `legal_actions(game)`, `life` int64 [S],
+    and of the play `points` and `lives` a step, `scores` of the games that ended. On a CPU."""
+    for k in ask: choices('asked', k, ('game', 'dreams'))
+    require(follow is None or follow in ask, f'follow says whose advice is taken, one of those asked ({", ".join(ask)}), got {follow!r}')
+    require(min(games, steps, every, depth, draws) >= 1, f'games, steps, every, depth and draws are 1 or more, got {games}, {steps}, {every}, {depth} and {draws}')
+    moves, gamma = torch.tensor(legal_actions(game)), PPOConfig().gamma
+    rows, generator = torch.arange(games).repeat_interleave(len(moves) * draws), torch.Generator().manual_seed(derive(seed, 'what if', game))
+    envs = [make_env(game, protocol, stack=0) for _ in range(games)]
+    twins = [make_env(game, protocol, stack=0) for _ in rows] if 'game' in ask else []
+    for twin in twins: twin.reset(seed=0)
+    now, restart = [env.reset(seed=derive(seed, 'what if', game, i) % 2**31)[0] for i, env in enumerate(envs)], np.ones(games, bool)
+    agent.start(game, games, derive(seed, 'what if', game, 'plays'))
+    told, life, points, score, scores, lost = [], np.arange(games), 0., np.zeros(games), [], 0
+    for t in progress(range(steps), desc or f'what if, {game}'):
+        agent.act(np.stack(now)[:, None], restart)
+        restart[:] = False
+        if t % every == every - 1:
+            p = agent.opinion()[0].float().softmax(-1)[:, moves]
+            row = {'policy': p.numpy(), 'life': life.copy()}
+            for k in ask:
+                world = _Twins(agent, envs, twins, rows, game) if k == 'game' else _Dreamt(agent, rows, game, generator)
+                row[f'q_{k}'], row[f'lost_{k}'] = _futures(world, moves, games, draws, depth, gamma, generator)
+            if follow: agent.previous = moves[(p.log() + beta * torch.from_numpy(row[f'q_{follow}'])).argmax(-1)]
+            told.append(row)
+        for i, env in enumerate(envs):
+            now[i], reward, terminated, truncated, info = env.step(int(agent.previous[i]))
+            points += reward; score[i] += reward
+            if info['life_lost'] or terminated or reward < 0: lost += 1; life[i] += games
+            if terminated or truncated:
+                scores.append(float(score[i])); score[i] = 0.
+                now[i], restart[i] = env.reset(seed=derive(seed, 'what if', game, i, t) % 2**31)[0], True
+    for env in (*envs, *twins): env.close()
+    return {**{k: np.concatenate([row[k] for row in told]) for k in (told[0] if told else ())}, 'points': points / games / steps, 'lives': lost / games / steps, 'scores': scores}
+
+def decisive(told, least=.5, draws=1000, seed=0):
+    """What `what_if` found where the best and the worst move differ by `least` in what the game takes: `states` asked, `decisive` ones, losses of the `policy`, of a `random` move, of the move that `dreams` advise and of the `best`,
+    and the `correlation` of what moves change in game and dreams with its interval `lo` to `hi` over redrawn lives. NaN where nothing is decisive."""
+    real, dreamt = told['lost_game'], told['lost_dreams']
+    at = np.flatnonzero(real.max(1) - real.min(1) >= least)
+    mean = lambda x: float(np.mean(x)) if len(at) else float('nan')
+    L, D, p = real[at], dreamt[at], told['policy'][at]
+    def correlation(i):
+        a, b = (x[i] - x[i].mean(1, keepdims=True) for x in (L, D))
+        norm = np.sqrt((a ** 2).sum() * (b ** 2).sum())
+        return float((a * b).sum() / norm) if norm > 0 else 0. if len(i) else float('nan')
+    rng, lives = rng_for(seed, 'decisive'), [np.flatnonzero(told['life'][at] == k) for k in np.unique(told['life'][at])]
+    again = [correlation(np.concatenate([lives[k] for k in rng.integers(len(lives), size=len(lives))])) for _ in range(draws)] if lives else [float('nan')]
+    return {'states': len(real), 'decisive': len(at), 'policy': mean((p * L).sum(1)), 'random': mean(L), 'dreams': mean(np.take_along_axis(L, D.argmin(1)[:, None], 1)), 'best': mean(L.min(1)), 'correlation': correlation(np.arange(len(at))), 'lo': float(np.quantile(again, .025)), 'hi': float(np.quantile(again, .975))}

@@ -16,7 +16,7 @@ from .core import (BookError, SHIPPED, Stage, Table, bootstrap_mean, count_param
                              save_tree, seed_all, write_atomic, write_json)
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
 from .encoder import labels_at, state_fidelity
-from .evaluate import RandomAgent, evaluate
+from .evaluate import RandomAgent, cool, evaluate
 from .frames import load_stored
 from .hrvq import Tokenizer
 from .world import WorldModel, tokenise
@@ -63,7 +63,7 @@ def halved(agent, folder):
     tokenizer = Tokenizer.from_pretrained(folder / 'tokenizer')
     world = WorldModel(replace(agent.world.config)); world.load_state_dict(agent.world.state_dict())
     world.follow(tokenizer)
-    Agent(tokenizer, world, agent.policy.cpu(), agent.context, agent.real_steps, agent.power, agent.units).save_pretrained(folder, small)
+    Agent(tokenizer, world, agent.policy.cpu(), agent.context, agent.real_steps, agent.power, agent.units, agent.temperature).save_pretrained(folder, small)
     return Agent.from_pretrained(folder)
 
 def seal(folder, made):
@@ -216,10 +216,10 @@ def memory_of(stage, agent, went_on):
         replay[g] = (packed_replay(repo_path('pretrained') / SHIPPED['agent'], g)[1] if went_on else []) + pack_replay({g: played})[g]
     return files, episodes, replay
 
-def ship_agent(run, folder, made, episodes=30):
+def ship_agent(run, folder, made, episodes=30, temperatures=()):
     """Pack the agent of a finished `run` into `folder`, with scores over `episodes` whole games, a stored dream from its replay, and a card.
 
-    `made`: what else the card should say (hardware, versions). Returns the folder."""
+    `made`: what else the card should say (hardware, versions). `temperatures`: of which `cool` chooses one for each game first, on other seeds; none: it plays as it is. Returns the folder."""
     run, folder = Path(run).absolute(), Path(folder)
     config = read_json(run / 'run.json', {})
     require((run / 'stages' / '10_agent.json').exists(), f'chapter 10_agent, which makes the agent, is not finished in {run}: run it to its end first')
@@ -239,6 +239,10 @@ def ship_agent(run, folder, made, episodes=30):
     made = {**config, **made, 'agent steps': int(steps), 'frames': 4 * int(steps), 'seconds of the loop': read_json(run / 'stages' / '10_agent.json')['seconds'], 'recipe': {k: v for k, v in recipe.items() if k not in ('chapter', 'curve', 'went on from')}, 'learned from': files, 'known from the codes': known}
     if earlier: made['went on from'] = earlier                        # its hashes, hardware and seconds, and what it went on from itself
     with tempfile.TemporaryDirectory() as t:
+        if temperatures:
+            shipped = halved(agent, t)
+            made['chosen temperature'] = cool(shipped, stage.games, temperatures, episodes, stage.seed)
+            agent.temperature = shipped.temperature
         halved(agent, t)
         scores = {}
         for g in stage.games:
@@ -267,7 +271,7 @@ def agent_card(folder):
     "Markdown: how to load the agent, what it scores, what it was made from, what it cannot do."
     made, scores, small = read_json(folder / 'manifest.json')['made'], read_json(folder / 'scores.json'), is_large(Agent.from_pretrained(folder))
     rows = [{'game': g, 'score': s['mean'], '95% interval': f'{s["lo"]:.1f} to {s["hi"]:.1f}', 'random play': s['random'], 'its interval': f'{s["random lo"]:.1f} to {s["random hi"]:.1f}', 'episodes': s['episodes'], 'cut short': s['cut short']} for g, s in scores.items()]
-    told = {**{k: v for k, v in made.items() if k not in ('learned from', 'games', 'known from the codes', 'went on from', 'recipe')}, **{f'recipe: {k}': v for k, v in made.get('recipe', {}).items()}, 'seconds of the loop': round(loop_seconds(made), 1)}
+    told = {**{k: v for k, v in made.items() if k not in ('learned from', 'games', 'known from the codes', 'went on from', 'recipe', 'chosen temperature')}, **{f'recipe: {k}': v for k, v in made.get('recipe', {}).items()}, 'seconds of the loop': round(loop_seconds(made), 1)}
     known = [{'game': g, 'variable': k, 'R^2 from the codes': v, 'untrained tokenizer': null} for g, found in made.get('known from the codes', {}).items() for k, (v, null) in found.items()]
     seen = f'What a probe reads from its codes on frames of its last round of play (it learned from the rounds before; 1: exact, 0: no better than the mean), beside the codes of a tokenizer that never learned. Only where the first is clearly above the second did training help:\n\n{Table(known, digits=2)._repr_markdown_()}\n' if known else ''
     badly = [f'{r["variable"]} ({r["game"]})' for r in known if r['R^2 from the codes'] < .5]
@@ -275,6 +279,10 @@ def agent_card(folder):
     replay, g = (folder / 'replay.safetensors').exists(), made['games'][0]
     kept = sum(len(p['actions']) for p in packed_replay(folder, g)[1]) if replay else 0
     whole = not replay or kept == read_json(folder / 'config.json')['real_steps']
+    played_at, tried = read_json(folder / 'config.json').get('temperature', {}), made.get('chosen temperature', [])
+    at = ' at the temperature ' + ', '.join(f'{t:g} ({g})' for g, t in played_at.items()) if played_at else ''
+    cooled = [{'game': r['game'], 'temperature': r['temperature'], 'score': r['score'], '95% interval': f'{r["lo"]:.1f} to {r["hi"]:.1f}', 'kept': r['kept']} for r in tried]
+    if tried: seen = f'The temperature was chosen on {tried[0]["episodes"]} other games each, {sum(r["steps"] for r in tried):,} agent steps of which nothing else was learned:\n\n{Table(cooled, digits=2)._repr_markdown_()}\n\n{seen}'
     return f"""# {folder.name}
 
     from atari_hrvq.agent import Agent
@@ -285,7 +293,7 @@ the files and a stored dream; `atari-hrvq evaluate pretrained/{folder.name} --ga
 
 {chr(10).join(f"![{g}: on the left the real game as the agent played it, on the right its dream, fed the same actions](dream-{g}.gif)" for g in made['games'])}
 
-Whole games, unclipped, up to 30 no-ops at the start, no sticky actions, actions sampled from the policy, one seed of training:
+Whole games, unclipped, up to 30 no-ops at the start, no sticky actions, actions sampled from the policy{at}, one seed of training:
 
 {Table(rows, digits=2)._repr_markdown_()}
 

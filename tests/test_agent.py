@@ -10,6 +10,7 @@ from atari_hrvq import agent as module, world as world_module
 from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, Imitation, LoopConfig, both_see, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, imitate, improve, join_tokens, learn, play, real_advantages, real_returns, remembered, replay_frames, returns_to_hold, study, train_agent, with_new_eyes
 from atari_hrvq.dream import Contexts
 from atari_hrvq.core import PROFILES, BookError, Stage, load_checkpoint, save_tree
+from atari_hrvq.evaluate import what_if
 from atari_hrvq.frames import LEGAL, MIRROR, MIRRORED, RandomPolicy, action_mask, collect, load_stored, mirrored, store_episodes
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.ppo import PPO, PPOConfig
@@ -312,6 +313,28 @@ def test_only_legal_actions_and_saved_agent_acts_alike(parts, tmp_path):
     twin = Agent.from_pretrained(agent.save_pretrained(tmp_path / 'a'))
     a, b = (play(x, GAMES, 2, 20, seed=3) for x in (agent, twin))
     for g in GAMES: assert set(a[g].actions.tolist()) <= set(LEGAL[g]) and a[g].hash() == b[g].hash()
+
+
+def test_a_temperature_is_kept_and_left_aside_where_it_learns(parts, tmp_path):
+    agent, frames = fresh(parts)[0], np.repeat(parts[1]['pong'].stacks([30]), 400, 0)
+    torch.nn.init.normal_(agent.policy.actor.weight, std=.3)
+    agent.temperature = {'pong': 1e-4}
+    twin, plain = Agent.from_pretrained(agent.save_pretrained(tmp_path / 'a')), copy.copy(agent); plain.temperature = {}
+    def drawn(a, **how): a.start(['pong'] * 200 + ['breakout'] * 200, 400, 0, **how); return a.act(frames, np.ones(400, bool))
+    warm, cold = drawn(plain), drawn(twin)
+    likeliest = int(twin.opinion()[0][0].argmax())
+    assert twin.temperature == agent.temperature and set(cold[:200]) == {likeliest} < set(warm[:200]) and (cold[200:] == warm[200:]).all()
+    assert (drawn(twin, learning=True) == warm).all()
+    with pytest.raises(BookError, match='a temperature is more than 0'): Agent(agent.tokenizer, agent.world, agent.policy, temperature={'pong': 0.})
+
+
+def test_what_if_asks_game_and_dreams_the_same_states(parts):
+    agent = fresh(parts)[0]
+    told = what_if(agent, 'breakout', games=2, steps=12, every=4, depth=5, draws=2, follow='game')
+    assert {k: told[k].shape for k in ('q_game', 'lost_game', 'q_dreams', 'lost_dreams', 'policy')} == dict.fromkeys(('q_game', 'lost_game', 'q_dreams', 'lost_dreams', 'policy'), (6, 4))
+    assert all((told[k] >= 0).all() and (told[k] <= 1).all() for k in ('lost_game', 'lost_dreams', 'policy')) and told['life'].tolist() == [0, 1] * 3 and (told['lost_dreams'] > 0).any()
+    again, alone = (what_if(agent, 'breakout', games=2, steps=12, every=4, depth=5, draws=2, **how) for how in (dict(follow='game'), dict(ask=('dreams',), follow='dreams', beta=0.)))
+    assert all((np.asarray(told[k]) == again[k]).all() for k in told) and 'q_game' not in alone
 
 
 def test_memory_begins_anew_at_a_restart(parts):

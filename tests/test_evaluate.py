@@ -2,9 +2,11 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
+from atari_hrvq import evaluate as module
 from atari_hrvq.core import BookError
-from atari_hrvq.evaluate import RandomAgent, bootstrap_difference, bootstrap_interval, check_full_game, evaluate, human_normalised, iqm, steps_to_reach, tournament, value_calibration
+from atari_hrvq.evaluate import RandomAgent, bootstrap_difference, bootstrap_interval, check_full_game, cool, decisive, evaluate, human_normalised, iqm, steps_to_reach, tournament, value_calibration, what_if
 from atari_hrvq.frames import make_env
 from atari_hrvq.ppo import realised
 
@@ -63,7 +65,8 @@ def test_reference_scores():
     assert human_normalised('ms_pacman', 6951.6) == 1 and human_normalised('breakout', 1.7) == 0
 
 
-@pytest.mark.parametrize('call, message', [(lambda: human_normalised('tetris', 0), 'unknown game'), (lambda: evaluate(RandomAgent(), 'pong', 0), 'episodes must be positive'), (lambda: bootstrap_interval({}), 'at least one score'), (lambda: bootstrap_difference([], [1.]), 'at least one score')])
+@pytest.mark.parametrize('call, message', [(lambda: human_normalised('tetris', 0), 'unknown game'), (lambda: evaluate(RandomAgent(), 'pong', 0), 'episodes must be positive'), (lambda: bootstrap_interval({}), 'at least one score'), (lambda: bootstrap_difference([], [1.]), 'at least one score'),
+                                           (lambda: cool(RandomAgent(), ['pong'], (1., 0.)), 'temperatures above 0'), (lambda: what_if(None, 'pong', follow='dreams', ask=('game',)), 'whose advice'), (lambda: what_if(None, 'pong', draws=0), '1 or more'), (lambda: what_if(None, 'pong', ask=('tea',)), 'unknown asked')])
 def test_bad_input(call, message):
     with pytest.raises(BookError, match=message): call()
 
@@ -85,3 +88,65 @@ def test_an_evaluation_keeps_what_the_critic_said_and_which_steps_lost_a_life():
     game, = evaluate(RandomAgent(), 'breakout', 1, seed=0)
     assert len(game['values']) == len(game['paid']) == len(game['lost']) == game['steps'] and sum(game['lost']) == 5 and game['lost'][-1]
     assert sum(game['paid']) <= game['return'] and set(game['paid']) <= {0., 1.}
+
+
+def test_the_best_temperature_of_each_game_is_kept(monkeypatch):
+    class Player: games, temperature = ['pong', 'breakout'], {'pong': .9}
+    best, seen = {'pong': .5, 'breakout': 1.}, []
+    def play(agent, game, episodes, seed, max_steps, desc):
+        seen.append(seed)
+        return [{'return': -abs(agent.temperature[game] - best[game]) + i, 'steps': 10} for i in range(episodes)]
+    monkeypatch.setattr(module, 'evaluate', play)
+    rows = cool(player := Player(), episodes=3, temperatures=(1., .5))
+    assert player.temperature == best and [(r['game'], r['temperature'], r['kept']) for r in rows] == [('pong', 1., False), ('pong', .5, True), ('breakout', 1., True), ('breakout', .5, False)]
+    assert all(r['steps'] == 30 and r['lo'] <= r['score'] <= r['hi'] for r in rows) and set(seen) == {module.derive(0, 'cool')} != {0}
+
+
+class Twin:
+    "A player of one game whose memory is what it was shown."
+    def __init__(self, n): self.codes = self.actions = self.game = self.heat = torch.zeros(n, 1); self.mask, self.shown = torch.ones(n, 18), []
+    def remember(self, frames, restart): self.shown.append((self.previous.clone(), frames.copy()))
+    def opinion(self): return torch.zeros(len(self.codes), 18), torch.zeros(len(self.codes))
+    def paid(self, game, reward): return 2 * reward
+
+
+def test_twins_go_on_where_their_game_is_and_leave_it_alone():
+    envs, twins = ([make_env('breakout', stack=0) for _ in range(n)] for n in (2, 4))
+    for i, env in enumerate(envs):
+        env.reset(seed=i)
+        for t in range(30 + 20 * i): env.step(1 if t % 9 == 0 else 3)
+    for twin in twins: twin.reset(seed=9)
+    world = module._Twins(Twin(2), envs, twins, torch.tensor([0, 0, 1, 1]), 'breakout')
+    moves = [torch.tensor(x) for x in ([3, 4, 3, 4], [1, 1, 1, 1], *[[0, 4, 0, 4]] * 60)]
+    told = [world.step(a) for a in moves]
+    for row, env in ((0, envs[0]), (2, envs[1])):                       # the games themselves, which nobody touched, now do the same
+        alive = True
+        for k, a in enumerate(moves):
+            if not alive: assert not any(x[row] for x in told[k]) and not world.agent.shown[k][1][row].any(); continue
+            frame, reward, terminated, _, info = env.step(int(a[row]))
+            assert (world.agent.shown[k][1][row] == frame[None]).all() and told[k][0][row] == 2 * reward and bool(told[k][1][row]) == (info['life_lost'] or terminated) == bool(told[k][2][row])
+            alive = not told[k][1][row]
+        assert not alive
+
+
+def test_what_moves_lead_to_by_hand():
+    "Two states, two moves: the first move pays 1 and ends the life with .5, the second pays nothing; later steps pay 1 in the second state only."
+    class World:
+        t = 0
+        def step(self, act):
+            self.t, state = self.t + 1, torch.arange(len(act)) // (len(act) // 2)
+            if self.t == 1: return (act == 0).float(), (act == 0) * .5, (act == 0) * .5
+            return state.float(), torch.zeros(len(act)), torch.zeros(len(act))
+        def opinion(self): return torch.tensor([[9., -1e9]]).expand(12, 2), torch.full((12,), 4.)
+    q, lost = module._futures(World(), torch.tensor([0, 1]), 2, 3, 3, .5, torch.Generator().manual_seed(0))
+    assert np.allclose(lost, [[.5, 0], [.5, 0]]) and np.allclose(q, [[1 + .5 * .5, .5], [1 + .5 * (.5 + .25 + .5), .75 + .5]])
+
+
+def test_decisive_states_say_what_the_advice_of_dreams_is_worth():
+    lost = np.array([[0., 1.], [1., 0.], [.2, .3], [1., 0.]])
+    told = {'lost_game': lost, 'policy': np.array([[.5, .5]] * 4), 'life': np.array([0, 1, 1, 2]), 'lost_dreams': lost * .5 + .1}
+    r = decisive(told)
+    assert (r['states'], r['decisive'], r['policy'], r['random'], r['dreams'], r['best']) == (4, 3, .5, .5, 0., 0.) and abs(r['correlation'] - 1) < 1e-9 and abs(r['lo'] - 1) < 1e-9
+    assert decisive({**told, 'lost_dreams': 1 - lost})['dreams'] == 1 and decisive({**told, 'lost_dreams': 1 - lost})['correlation'] < -.999
+    none = decisive({**told, 'lost_game': lost * 0})
+    assert none['decisive'] == 0 and np.isnan([none[k] for k in ('policy', 'dreams', 'best', 'correlation', 'lo')]).all()

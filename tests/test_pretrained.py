@@ -130,13 +130,16 @@ def test_shipping_keeps_the_record_of_the_agent_it_went_on_from_and_is_done_once
     (origin / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows)); (origin / 'README.md').write_text('')
     monkeypatch.setattr(pretrained, 'repo_path', lambda p: tmp_path)
     monkeypatch.setattr(pretrained, 'score', lambda *a, **k: [{'mean': -20., 'lo': -21., 'hi': -19., 'episodes': 1, 'cut short': 0, 'agent steps': 9}] * 2)
+    def cool(agent, games, temperatures, episodes, seed): agent.temperature = {'pong': min(temperatures)}; return [{'game': 'pong', 'temperature': t, 'score': 1., 'lo': 0., 'hi': 2., 'steps': 50, 'episodes': episodes, 'kept': t == min(temperatures)} for t in temperatures]
+    monkeypatch.setattr(pretrained, 'cool', cool)
     monkeypatch.setattr(pretrained, 'film', lambda agent, episodes, path: path.write_bytes(b'GIF89a'))
     run = tmp_path / 'run'; stage = Stage('10_agent', run, 'smoke', ('pong',), 0, 'pretrained'); agent.real_steps = 240
     stage.save('agent', agent); store_episodes(stage, 'agent-first-pong', parts[1])
     stage.curve('rounds', [{'round': 0, 'real_steps': 240}]); stage.curve('dream', [{'round': 0, 'step': 0, 'dream_reward': .2}]); stage.curve('recipe', [{'last': 4, 'went on from': file_hash(origin / 'manifest.json')}])
     stage.metric('real_steps', 240, cell='x'); stage.done(); write_json(run / 'run.json', {'profile': 'smoke', 'games': ['pong'], 'seed': 0, 'start': 'pretrained'})
     for folder in (tmp_path / 'mine', origin):
-        ship_agent(run, folder, {})
+        ship_agent(run, folder, {}, **({'temperatures': (1., .5)} if folder == origin else {}))
+        assert read_json(folder / 'config.json').get('temperature') == ({'pong': .5} if folder == origin else None) and ('at the temperature 0.5 (pong)' in (folder / 'README.md').read_text()) == (folder == origin)
         made = read_json(folder / 'manifest.json')['made']
         assert made['went on from']['seconds of the loop'] == 7. and made['recipe'] == {'last': 4} and 'recipe: last' in (folder / 'README.md').read_text()
         told = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]

@@ -222,7 +222,7 @@ class _Dreamt:
 
 @torch.no_grad()
 def _futures(world, moves, n, draws, depth, gamma, generator):
-    "@eq-what-if in `world`: `(Q float [n, A], L float [n, A])` of `moves` int64 [A] in n states. The policy's luck is the same for all moves."
+    "@eq-what-if in `world`: `(Q float [n, A], M float [n, A])` of `moves` int64 [A] in n states. The policy's luck is the same for all moves."
     act = moves.repeat_interleave(draws).repeat(n)                      # a row is a state, a move, a draw
     lives, spared, q = torch.ones(len(act)), torch.ones(len(act)), torch.zeros(len(act))
     for t in range(depth):
@@ -276,11 +276,11 @@ def decisive(told, least=.5, draws=1000, seed=0):
     real, dreamt = told['lost_game'], told['lost_dreams']
     at = np.flatnonzero(real.max(1) - real.min(1) >= least)
     mean = lambda x: float(np.mean(x)) if len(at) else float('nan')
-    L, D, p = real[at], dreamt[at], told['policy'][at]
+    lost, advised, p = real[at], dreamt[at].argmin(1), told['policy'][at]
     def correlation(i):
-        a, b = (x[i] - x[i].mean(1, keepdims=True) for x in (L, D))
+        a, b = (x[i] - x[i].mean(1, keepdims=True) for x in (lost, dreamt[at]))
         norm = np.sqrt((a ** 2).sum() * (b ** 2).sum())
         return float((a * b).sum() / norm) if norm > 0 else 0. if len(i) else float('nan')
     rng, lives = rng_for(seed, 'decisive'), [np.flatnonzero(told['life'][at] == k) for k in np.unique(told['life'][at])]
     again = [correlation(np.concatenate([lives[k] for k in rng.integers(len(lives), size=len(lives))])) for _ in range(draws)] if lives else [float('nan')]
-    return {'states': len(real), 'decisive': len(at), 'policy': mean((p * L).sum(1)), 'random': mean(L), 'dreams': mean(np.take_along_axis(L, D.argmin(1)[:, None], 1)), 'best': mean(L.min(1)), 'correlation': correlation(np.arange(len(at))), 'lo': float(np.quantile(again, .025)), 'hi': float(np.quantile(again, .975))}
+    return {'states': len(real), 'decisive': len(at), 'policy': mean((p * lost).sum(1)), 'random': mean(lost), 'dreams': mean(np.take_along_axis(lost, advised[:, None], 1)), 'best': mean(lost.min(1)), 'correlation': correlation(np.arange(len(at))), 'lo': float(np.quantile(again, .025)), 'hi': float(np.quantile(again, .975))}

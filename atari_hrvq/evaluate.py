@@ -272,8 +272,10 @@ def what_if(agent, game, games=8, steps=400, every=5, depth=14, draws=4, follow=
 
 def decisive(told, least=.5, draws=1000, seed=0):
     """What `what_if` found where the best and the worst move differ by `least` in what the game takes: `states` asked, `decisive` ones, losses of the `policy`, of a `random` move, of the move that `dreams` advise and of the `best`,
-    and the `correlation` of what moves change in game and dreams with its interval `lo` to `hi` over redrawn lives. NaN where nothing is decisive."""
+    and the `correlation` of what moves change in game and dreams with its interval `lo` to `hi` over redrawn lives (NaN where nothing is decisive); and `danger`, over all states the correlation of the losses of the mean move."""
     real, dreamt = told['lost_game'], told['lost_dreams']
+    mean_real, mean_dreamt = real.mean(1), dreamt.mean(1)
+    danger = float(np.corrcoef(mean_real, mean_dreamt)[0, 1]) if mean_real.std() * mean_dreamt.std() > 0 else float('nan')
     at = np.flatnonzero(real.max(1) - real.min(1) >= least)
     mean = lambda x: float(np.mean(x)) if len(at) else float('nan')
     lost, advised, p = real[at], dreamt[at].argmin(1), told['policy'][at]
@@ -283,4 +285,4 @@ def decisive(told, least=.5, draws=1000, seed=0):
         return float((a * b).sum() / norm) if norm > 0 else 0. if len(i) else float('nan')
     rng, lives = rng_for(seed, 'decisive'), [np.flatnonzero(told['life'][at] == k) for k in np.unique(told['life'][at])]
     again = [correlation(np.concatenate([lives[k] for k in rng.integers(len(lives), size=len(lives))])) for _ in range(draws)] if lives else [float('nan')]
-    return {'states': len(real), 'decisive': len(at), 'policy': mean((p * lost).sum(1)), 'random': mean(lost), 'dreams': mean(np.take_along_axis(lost, advised[:, None], 1)), 'best': mean(lost.min(1)), 'correlation': correlation(np.arange(len(at))), 'lo': float(np.quantile(again, .025)), 'hi': float(np.quantile(again, .975))}
+    return {'states': len(real), 'danger': danger, 'decisive': len(at), 'policy': mean((p * lost).sum(1)), 'random': mean(lost), 'dreams': mean(np.take_along_axis(lost, advised[:, None], 1)), 'best': mean(lost.min(1)), 'correlation': correlation(np.arange(len(at))), 'lo': float(np.quantile(again, .025)), 'hi': float(np.quantile(again, .975))}

@@ -148,5 +148,6 @@ def test_decisive_states_say_what_the_advice_of_dreams_is_worth():
     r = decisive(told)
     assert (r['states'], r['decisive'], r['policy'], r['random'], r['dreams'], r['best']) == (4, 3, .5, .5, 0., 0.) and abs(r['correlation'] - 1) < 1e-9 and abs(r['lo'] - 1) < 1e-9
     assert decisive({**told, 'lost_dreams': 1 - lost})['dreams'] == 1 and decisive({**told, 'lost_dreams': 1 - lost})['correlation'] < -.999
+    assert abs(r['danger'] - 1) < 1e-9 and decisive({**told, 'lost_dreams': .6 - lost * .5})['danger'] < -.999
     none = decisive({**told, 'lost_game': lost * 0})
-    assert none['decisive'] == 0 and np.isnan([none[k] for k in ('policy', 'dreams', 'best', 'correlation', 'lo')]).all()
+    assert none['decisive'] == 0 and np.isnan([none[k] for k in ('policy', 'dreams', 'best', 'correlation', 'lo', 'danger')]).all()

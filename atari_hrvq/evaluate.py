@@ -237,10 +237,13 @@ def what_if(agent, game, games=8, steps=400, every=5, depth=14, draws=4, follow=
     """Play `games` copies of `game` for `steps` agent steps each and ask at every `every`-th step what each legal move would lead to (@eq-what-if), in the real game and in dreams, whichever `ask` names.
 
     With `follow` ('game' or 'dreams') the agent then does what that says (@eq-look-ahead with `beta`), else what its policy draws. Returns `q_game`, `lost_game`, `q_dreams`, `lost_dreams`, `policy` float [S, A] of the S states asked in the order of `legal_actions(game)`, `life` int64 [S],
-    and of the play `points` and `lives` a step, `scores` of the games that ended. On a CPU."""
+    and of the play `points` and `lives` a step, `scores` of the games that ended. It asks on the CPU, wherever the agent is."""
     for k in ask: choices('asked', k, ('game', 'dreams'))
     require(follow is None or follow in ask, f'follow says whose advice is taken, one of those asked ({", ".join(ask)}), got {follow!r}')
     require(min(games, steps, every, depth, draws) >= 1, f'games, steps, every, depth and draws are 1 or more, got {games}, {steps}, {every}, {depth} and {draws}')
+    agent = copy.copy(agent)                                            # the caller's own goes on where it was
+    if agent.device.type != 'cpu':
+        for k in ('tokenizer', 'world', 'policy'): setattr(agent, k, copy.deepcopy(getattr(agent, k)).cpu())
     moves, gamma = torch.tensor(legal_actions(game)), PPOConfig().gamma
     rows, generator = torch.arange(games).repeat_interleave(len(moves) * draws), torch.Generator().manual_seed(derive(seed, 'what if', game))
     envs = [make_env(game, protocol, stack=0) for _ in range(games)]

@@ -78,6 +78,8 @@ def wait_for(condition, seconds=90):
     (['play', '--run', 'nowhere', '--port', '99999'], '--port 99999 is no port: expected 1 to 65535, or 0'),
     (['play', '--run', 'nowhere', '--port', '-1'], '--port -1 is no port'),
     (['ship', 'agent', '--run', 'nowhere', '--episodes', '0'], '--episodes 0 is no number from 1 on'),
+    (['ship', 'agent', '--run', 'nowhere', '--temperatures', '1,cold'], "'1,cold' is not a list of numbers above 0"),
+    (['ship', 'agent', '--run', 'nowhere', '--temperatures', '0'], 'is not a list of numbers above 0'),
     (['bench', 'quantizer', '--json', ROOT / 'README.md' / 'x.json'], r'cannot write .*README\.md.x\.json: '),
     (['bench', 'quantizer', '--json', ROOT], 'is a folder: name a file'),
     (['outputs', '--run', 'nowhere'], 'nowhere holds no finished chapter: run one first'),

@@ -292,6 +292,8 @@ class LoopConfig:
     contrast: int = 10        # steps of contrastive prediction of a fresh world model; 0 for none
     ending: float = 1.        # weight of the endings while the world model learns
     corrupt: float = 0.       # up to which share of a context's tokens the world model learns with others in their place
+    scheduled: float = 0.     # up to which share of a window's frames the world model learns from what it makes itself of those before
+    by_age: float = 0.        # share of windows and of dreams' starts that is drawn evenly over how long lives have lasted
     hidden: int = 256         # width of a fresh policy
     mirror: bool = False      # Breakout and MsPacman are learned, and dreamt, as a mirror shows them too
     imitate: int = 0          # newest steps a game on which, after a study, the policy learns to do through the new models what it did through the old (@eq-imitation)
@@ -353,7 +355,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     if history:
         agent.tokenizer.load_state_dict(saved['tokenizer']); agent.world.load_state_dict(saved['world']); agent.world.config.tokenizer = agent.tokenizer.hash()
         ppo.load_state(saved['ppo'])
-    agent.policy.config.mix, agent.world.config.corrupt, agent.world.config.ending = c.mix, c.corrupt, c.ending
+    agent.policy.config.mix, agent.world.config.corrupt, agent.world.config.scheduled, agent.world.config.ending = c.mix, c.corrupt, c.scheduled, c.ending
     agent.power = c.power
     for g, parts in replay.items():                                      # a reward smaller than any before it is the new unit
         seen = np.abs(np.concatenate([e.rewards for e in parts]))
@@ -370,7 +372,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         real = returns_to_hold(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r)) if c.real_rows else None
         newest = {g: len(d) - len(replay[g][-1]) for g, d in data.items()}
         played = real_advantages(agent, data, ppo.config, newest) if c.real_actions and (r or known and fed) else None      # what came before the loop was played by others
-        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, played=played, real_actions=c.real_actions, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, half=c.half, desc=f'round {r}: dreaming')
+        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent, by_age=c.by_age), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, played=played, real_actions=c.real_actions, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, half=c.half, desc=f'round {r}: dreaming')
         curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
         tail = curve[-max(1, len(curve) // 5):]
         row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}
@@ -414,7 +416,7 @@ def study(stage, agent, replay, c, r, newest=1):
     data = {g: join_tokens(sum(p, [])) for g, p in parts.items()}
     recent = {g: len(data[g]) - sum(map(len, sum(p[-newest:], []))) for g, p in parts.items()} if len(next(iter(replay.values()))) > newest else None
     if steps := c.world_steps if r else c.begin_world:
-        fit(agent.world, token_batches({g: d.to(stage.device) for g, d in data.items()}, c.batch, c.window, recent), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05, half=c.half), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
+        fit(agent.world, token_batches({g: d.to(stage.device) for g, d in data.items()}, c.batch, c.window, recent, c.by_age), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05, half=c.half), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
     return data, recent
 
 # %% ../nbs/10_agent.ipynb #going-on

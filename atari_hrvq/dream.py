@@ -16,24 +16,24 @@ from .core import BookError, Stage, choices, progress, require, rng_for, write_a
 from .encoder import fit_probe
 from .frames import ACTIONS, SCREEN, LegalActions, action_mask, load_episodes, state_labels
 from .hrvq import BALL_BOX, Tokenizer, ball_position
-from .world import WorldModel, f1, load_tokens, token_batches, uniform
+from .world import WorldModel, evenly, f1, load_tokens, token_batches, uniform
 
 # %% auto #0
-__all__ = ['MEETINGS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv', 'make_dream',
-           'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate', 'untouched_within',
-           'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of', 'balls_back', 'endings_told',
-           'dream_gif', 'reliability']
+__all__ = ['MEETINGS', 'FLIGHTS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv',
+           'make_dream', 'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate',
+           'untouched_within', 'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of',
+           'balls_back', 'flights', 'flown', 'endings_told', 'dream_gif', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
     """Draws dream starts from real tokens: equal numbers of each game, `hot` of them within `reach` steps before a reward or an ending (a lost life is one).
 
-    `data`: {game: Tokens} in the order of the world model's games. `recent`: {game: first index of the newest data}, from which half are then drawn.
+    `data`: {game: Tokens} in the order of the world model's games. `recent`: {game: first index of the newest data}, from which half are then drawn. `by_age`: share that is drawn evenly over how long lives have lasted (`evenly`, chapter 7).
     Calling it with `(n, rng)` gives codes uint8 [n, C, P, L], actions int64 [n, C-1], game int64 [n]."""
-    def __init__(self, data, games, length=8, hot=.6, reach=16, recent=None):
+    def __init__(self, data, games, length=8, hot=.6, reach=16, recent=None, by_age=0.):
         require(length >= 2 and reach >= 1 and 0 <= hot <= 1, f'a context has at least 2 frames, hot is a share from 0 to 1 and reach at least 1 step, got length {length}, hot {hot} and reach {reach}')
         for g in data: choices('game of the world model', g, games)
-        self.data, self.length, self.share, self.reach, self.recent = data, length, hot, reach, recent
+        self.data, self.length, self.share, self.reach, self.recent, self.by_age, self.late = data, length, hot, reach, recent, by_age, {}
         self.ids, self.plain, self.hot = [games.index(g) for g in data], {}, {}
         for g, d in data.items():
             start = d.windows(length, alive=True)
@@ -42,13 +42,16 @@ class Contexts:
             total = np.concatenate([[0], np.cumsum(np.abs(d.rewards.numpy()) + d.done.numpy())])
             soon = total[np.minimum(start + length - 1 + reach, len(d))] > total[start + length - 1]
             self.plain[g], self.hot[g] = start, start[soon] if soon.any() else start
+            if by_age: age = d.age(); self.late[g] = [evenly(x, age[x + length - 1]) for x in (self.hot[g], self.plain[g])]
 
     def __call__(self, n, rng):
         parts = []
         for j, (g, d) in enumerate(self.data.items()):
             m = n // len(self.data) + (j < n % len(self.data))
             k = int(m * self.share)
-            at = torch.from_numpy(np.concatenate([rng.choice(self.hot[g], k), rng.choice(self.plain[g], m - k)])[:, None] + np.arange(self.length))
+            late = [int(x * self.by_age) for x in (k, m - k)]
+            at = [rng.choice(self.hot[g], k - late[0]), rng.choice(self.plain[g], m - k - late[1]), *(draw(x, rng) for draw, x in zip(self.late.get(g, ()), late, strict=False))]
+            at = torch.from_numpy(np.concatenate(at)[:, None] + np.arange(self.length))
             parts.append((d.codes[at], d.actions[at[:, :-1]], torch.full((m,), self.ids[j])))
         return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
@@ -316,6 +319,36 @@ def balls_back(world, tokenizer, tokens, at, missed, game, context=8, early=0, a
     read, dreamt = ball_readers(tokenizer, name)[axis], open_loop(world, tokens, game, context, early + max(after), starts, seed=seed).codes
     seen = lambda frames: np.any([read(codes) < line for codes in frames], 0)                # what is not seen is NaN
     return seen(dreamt[:, early + k - 1] for k in after), seen(tokens.codes[at[fits] + k] for k in after), missed[fits]
+
+# %% ../nbs/08_dream.ipynb #flights
+FLIGHTS = {'pong': (60, 160), 'breakout': (98, 168)}              # where a ball flies free: between the paddles; between the lowest bricks and what the glasses take for paddle
+
+def flights(episodes, steps=3, before=3, slack=2):
+    """`(at int64 [S], way float [S, steps])`: where the ball of an `Episodes` has flown straight for `before` steps and does for `steps` more (two steps of it differ by at most `slack` console pixels), and how far along the way to the paddle
+    (`MEETINGS`) it gets in 1 to `steps` steps: above 0, whichever way it flies."""
+    game, n = episodes.game, len(episodes.ram)
+    require(game in FLIGHTS, f'no ball flies in {game}: expected one of {", ".join(FLIGHTS)}')
+    labels, names, present = state_labels(game, episodes.ram)
+    xy, seen = labels[:, [names.index('ball_x'), names.index('ball_y')]], present[:, names.index('ball_x')] & present[:, names.index('ball_y')]
+    v, (low, high) = labels[:, names.index(MEETINGS[game][0])], FLIGHTS[game]
+    if n <= before + steps: return np.zeros(0, np.int64), np.zeros((0, steps))
+    path = np.arange(before, n - steps)[:, None] + np.arange(-before, steps + 1)
+    moves, lost = np.diff(xy[path], axis=1), episodes.rewards[path[:, :-1]] < 0
+    free = (seen[path] & (v[path] > low) & (v[path] < high)).all(1) & (episodes.episode[path] == episodes.episode[path[:, :1]]).all(1) & ~(episodes.life_lost[path[:, :-1]] | lost).any(1)
+    free &= (np.ptp(moves, axis=1) <= slack).all(1) & (np.abs(np.diff(v[path], axis=1)) > slack).all(1)
+    at = path[free, before]
+    return at, np.abs(v[at[:, None] + np.arange(1, steps + 1)] - v[at][:, None])
+
+def flown(world, tokenizer, tokens, episodes, at, way, context=8, seed=0):
+    """`(dreamt float [S, H], read float [S, H])` of S `flights` with `context` real frames before them: how far the ball gets in H steps in a dream with the real actions and as the glasses read it off the real `tokens`, as shares of the real `way`; NaN where no ball is seen."""
+    game, H = world.config.games.index(episodes.game), way.shape[1]
+    read, codes = ball_readers(tokenizer, episodes.game)[MEETINGS[episodes.game][0]], open_loop(world, tokens, game, context, H, at - context + 1, seed=seed).codes
+    begin, labels, names, _ = read(tokens.codes[at]), *state_labels(episodes.game, episodes.ram)
+    v = labels[:, names.index(MEETINGS[episodes.game][0])]
+    towards = np.sign(v[at + 1] - v[at])
+    return tuple(np.stack([(read(frames(k)) - begin) * towards / way[:, k] for k in range(H)], 1) for frames in (lambda k: codes[:, k], lambda k: tokens.codes[at + k + 1]))
+
+
 
 # %% ../nbs/08_dream.ipynb #endings-told
 def endings_told(world, tokens, game, context=8, early=12, late=4, most=200, seed=0):

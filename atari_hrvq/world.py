@@ -19,9 +19,10 @@ from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
-__all__ = ['Tokens', 'tokenise', 'load_tokens', 'token_batches', 'rope_angles', 'rotate', 'rope', 'RMSNorm', 'WorldConfig',
-           'Block', 'Embedding', 'LevelHeads', 'choose', 'uniform', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache',
-           'Step', 'level_losses', 'WorldModel', 'fill_rings', 'advance', 'token_accuracy', 'f1']
+__all__ = ['Tokens', 'evenly', 'tokenise', 'load_tokens', 'token_batches', 'rope_angles', 'rotate', 'rope', 'RMSNorm',
+           'WorldConfig', 'Block', 'Embedding', 'LevelHeads', 'choose', 'uniform', 'RewardHead', 'Contrast',
+           'WorldOutput', 'Cache', 'Step', 'level_losses', 'WorldModel', 'fill_rings', 'advance', 'token_accuracy',
+           'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -44,6 +45,22 @@ class Tokens:
         ended = np.concatenate([[0], np.cumsum(self.done.cpu().numpy())])
         return start[ended[start + length - 1] == ended[start]]
 
+    def age(self):
+        "int64 [N]: steps since the life, or the episode, of each began."
+        at, done, episode = np.arange(len(self)), self.done.cpu().numpy(), self.episode.cpu().numpy()
+        begins = np.concatenate([[True], done[:-1] | (episode[1:] != episode[:-1])])
+        return at - np.maximum.accumulate(np.where(begins, at, 0))
+
+def evenly(rows, ages, cuts=(30, 60, 90, 120, 150, 180), least=100):
+    """A function of `(n, rng)` that draws n of `rows` int64 [M], whose `ages` int64 [M] fall into the bands between `cuts`, from each band as often as from the others: what only comes late in a life is rare otherwise.
+    Bands of fewer than `least` rows are left out, or they would be learned by heart; if all are, any row is drawn."""
+    band = np.digitize(ages, cuts)
+    bands = [rows[band == j] for j in range(len(cuts) + 1) if (band == j).sum() >= least] or [rows]
+    def draw(n, rng):
+        which = rng.integers(len(bands), size=n)
+        return np.concatenate([rng.choice(b, (which == j).sum()) for j, b in enumerate(bands)])
+    return draw
+
 def tokenise(tokenizer, episodes):
     "`Tokens` of an `Episodes`, on the CPU; a game that was cut off is not `done`."
     codes = torch.cat([tokenizer.encode(torch.from_numpy(episodes.frames[i:i + 512, None])).cpu() for i in range(0, len(episodes), 512)])
@@ -60,17 +77,20 @@ def load_tokens(stage, tokenizer, game, split='train'):
     save_checkpoint(path, mark, vars(tokens))
     return tokens
 
-def token_batches(data, size, length, recent=None):
+def token_batches(data, size, length, recent=None, by_age=0.):
     """A function of `rng` that draws windows, equal numbers of each game: `(codes, actions, rewards, done, game, following, known)`.
 
     `data`: {game: Tokens}. `following` uint8 [B, T, P, L] are the next codes, `known` bool [B, T] where they exist.
-    `recent`: {game: first index of the newest data}, from which half of the windows are then drawn."""
+    `recent`: {game: first index of the newest data}, from which half of the windows are then drawn. `by_age`: share of the windows (of the newest, where there are any) that are drawn `evenly` over the ages of their middles."""
     starts = {g: d.windows(length) for g, d in data.items()}
     for g, s in starts.items(): require(len(s), f'{g} has no episode of {length} steps: collect more or shorten the window')
+    new = {g: s[s >= recent[g]] if recent else s[:0] for g, s in starts.items()}
+    pool = {g: new[g] if len(new[g]) else s for g, s in starts.items()}
+    late = {g: evenly(s, data[g].age()[s + length // 2]) for g, s in pool.items()} if by_age else {}
     def draw(g, n, rng):
-        new = starts[g][starts[g] >= recent[g]] if recent else []
-        if not len(new): return rng.choice(starts[g], n)
-        return np.concatenate([rng.choice(new, n // 2), rng.choice(starts[g], n - n // 2)])
+        k = int(n * by_age); m = n - k
+        rows = [rng.choice(new[g], m // 2), rng.choice(starts[g], m - m // 2)] if len(new[g]) else [rng.choice(starts[g], m)]
+        return np.concatenate(rows + ([late[g](k, rng)] if k else []))
     def batch(rng):
         parts = []
         for i, (g, d) in enumerate(data.items()):
@@ -129,6 +149,7 @@ class WorldConfig:
     contrast: int = 10                  # steps of contrastive prediction; 0 switches it off
     contrast_weight: float = .2
     corrupt: float = 0.                 # up to this share of a window's codes is replaced in training; A2 asks what that costs
+    scheduled: float = 0.               # up to this share of a window's frames is in training what the model itself makes of the ones before
     changed: float = 4.                 # how many times as much a cell that changes weighs in the loss as one that stays
     ending: float = 1.                  # weight of the ending's cross-entropy, which is a step in a few hundred
     tokenizer: str = ''                 # hash of the tokenizer whose codes it predicts
@@ -364,7 +385,7 @@ class WorldModel(Pretrained):
         if c.contrast: self.contrast = Contrast(c)
 
     @property
-    def graphs(self): return not self.config.corrupt           # `loss` suits `Graphed`
+    def graphs(self): return not (self.config.corrupt or self.config.scheduled)           # `loss` suits `Graphed`
 
     @classmethod
     def for_tokenizer(cls, tokenizer, **options):
@@ -418,6 +439,7 @@ class WorldModel(Pretrained):
 
     def loss(self, codes, actions, rewards, done, game, following, known):
         "Sum of cross-entropies (nats a token, those of changing cells `changed` times, a reward, an ending), the contrast and the experts' balance; see `token_batches` for the shapes."
+        if self.training and self.config.scheduled: codes = self.drifted(codes, actions, game)
         c, out = self.config, self(self.corrupted(codes, game) if self.training and self.config.corrupt else codes, actions, game, following)
         parts = level_losses(out.logits, codes, following, known, c.changed)
         parts['reward'], parts['rewards_ahead'] = self.reward.loss(out.reward, rewards, known & ~done)
@@ -428,8 +450,26 @@ class WorldModel(Pretrained):
             total = total + c.contrast_weight * parts['contrast']
         return total, {**parts, 'balance': balance}
 
+    @torch.no_grad()
+    def drifted(self, codes, actions, game, passes=2, temperature=.5):
+        """`codes` with up to `scheduled` of the frames, a share drawn for each window, in the place of which stands what the model makes of the frames before them, level 0 drawn at `temperature`: what a dream makes of itself. With the second of the `passes` some of those before are such frames too.
+
+        All frames are predicted at once from the last pass, which is what makes it cheap (scheduled sampling in parallel: Bengio et al., 2015; Mihaylova & Martins, 2019). The first two frames of a window are real: one alone does not tell what moves."""
+        now, (B, T), heat, was = codes, actions.shape, (temperature,) + (0.,) * (self.config.levels - 1), self.training
+        self.eval()                                                          # the experts' balance counts what is learned, once
+        share = torch.rand(B, 1, device=codes.device) * self.config.scheduled
+        for _ in range(passes):
+            z = self.vectors(now)
+            h, _ = self.trunk(z, actions, game)
+            draws = [uniform((B * T, z.shape[2], 1), t, None, z.device) for t in heat]
+            said = self.heads.sample(h.flatten(0, 1), self.recent(z).flatten(0, 1), heat, draws).unflatten(0, (B, T))[:, :-1].to(codes.dtype)
+            own = (torch.rand(B, T - 2, device=codes.device) < share)[..., None, None]
+            now = torch.cat([codes[:, :2], torch.where(own, said[:, 1:], codes[:, 2:])], 1)
+        self.train(was)
+        return now
+
     def corrupted(self, codes, game):
-        "`codes` with up to `corrupt` of them, a share drawn for each window, replaced by the codes of the same cell and level in another window of the same `game`: what a dream makes of itself."
+        "`codes` with up to `corrupt` of them, a share drawn for each window, replaced by the codes of the same cell and level in another window of the same `game`."
         share, other = torch.rand(len(codes), 1, 1, 1, device=codes.device) * self.config.corrupt, torch.arange(len(codes), device=codes.device)
         for g in game.unique():
             mine = (game == g).nonzero()[:, 0]

@@ -6,7 +6,7 @@ import torch
 from atari_hrvq.core import BookError, FitConfig, fit
 from atari_hrvq.dream import Contexts, DreamEnv, DreamVectorEnv, events_ahead
 from atari_hrvq.frames import Episodes
-from atari_hrvq.world import Tokens, WorldConfig, WorldModel, f1, token_batches, tokenise
+from atari_hrvq.world import Tokens, WorldConfig, WorldModel, evenly, f1, token_batches, tokenise
 
 SMALL = dict(grid=1, levels=2, codes=8, cell_dim=4, dim=32, heads=2, experts=(1, 2), windows=(3, 6), hidden=32, shared_hidden=8, cell_hidden=16, corrupt=.1)
 
@@ -105,6 +105,67 @@ def test_corruption_takes_codes_of_another_window_of_the_same_game():
     assert all(len(row.unique()) <= 2 for t in taken for row in t)                                  # its own and those of one other
     assert {(i, j) for t in taken for i, row in enumerate(t) for j in row.unique().tolist()} == {(i, j) for i in range(5) for j in range(5) if game[i] == game[j]}
     assert torch.equal(model.corrupted(own[:2], game[:2]), own[:2])                                 # a window alone in its game stays as it is
+
+
+def test_scheduled_frames_are_what_the_model_makes_of_those_before():
+    torch.manual_seed(0)
+    model = WorldModel(WorldConfig(**{**SMALL, 'corrupt': 0., 'scheduled': 1.}))
+    codes, actions, rewards, done, game, following, known = batch = token_batches({'breakout': toy()}, 64, 8)(np.random.default_rng(0))
+    bias = model.blocks[1].experts.bias.clone()
+    def drifted(passes): torch.manual_seed(3); return model.drifted(codes, actions, game, passes, temperature=0.)
+    with torch.no_grad(): said = model.eval()(codes, actions, game, following).logits[0].argmax(-1)[:, :-1]        # the likeliest codes of level 0
+    once = model.train() and drifted(1)
+    assert model.training and torch.equal(bias, model.blocks[1].experts.bias)                                     # balance counts what is learned, once
+    assert once.dtype == codes.dtype and torch.equal(once[:, :2], codes[:, :2])
+    other = (once != codes)[..., 0]
+    assert torch.equal(once[:, 1:][other[:, 1:]][:, 0], said[other[:, 1:]].to(once.dtype))
+    share = other.any(-1)[:, 2:].float().mean(1)
+    assert share.max() > .6 and share.min() < .4                                                                  # each window has a share of its own
+    assert not torch.equal(once, drifted(2))                                                                      # the second pass sees the first one's
+
+
+def test_scheduled_frames_stay_in_training():
+    model = make(); model.config.corrupt, model.config.scheduled = 0., 1.
+    batch = token_batches({'breakout': toy()}, 16, 8)(np.random.default_rng(0))
+    def loss(scheduled): model.config.scheduled = scheduled; torch.manual_seed(4); return float(model.loss(*batch)[1]['level_0'])
+    with torch.no_grad():
+        assert loss(1.) != loss(0.)
+        model.eval()
+        assert loss(1.) == loss(0.)
+
+
+def test_age_counts_from_the_last_lost_life_or_first_frame():
+    flags = lambda *at: torch.tensor([i in at for i in range(8)])
+    t = Tokens(torch.zeros(8, 1, 2, dtype=torch.uint8), torch.zeros(8, dtype=torch.long), torch.zeros(8), flags(2), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]))
+    assert t.age().tolist() == [0, 1, 2, 0, 1, 0, 1, 2]                                  # a life is lost with step 2, an episode begins at 5
+
+
+def test_late_in_a_life_is_drawn_as_often_as_early():
+    ages = np.repeat([0, 40, 200], [9_000, 900, 100]); rows = np.arange(10_000)
+    drawn = ages[evenly(rows, ages)(6_000, np.random.default_rng(0))]
+    assert all(abs((drawn == a).mean() - 1 / 3) < .03 for a in (0, 40, 200))
+    few = evenly(rows, ages, least=101)(1_000, np.random.default_rng(0))
+    assert (ages[few] < 200).all() and len(few) == 1_000                                 # too few to learn from again and again
+    assert len(evenly(rows[:5], ages[:5])(7, np.random.default_rng(0))) == 7
+
+
+def test_windows_by_age_come_from_the_newest():
+    d = {'breakout': toy(3000)}; since = 1500
+    d['breakout'].codes[:, 0, 0] = torch.arange(3000) % 251
+    def starts(**kw):
+        codes, *_ = token_batches(d, 400, 6, {'breakout': since}, **kw)(np.random.default_rng(0))
+        return codes[:, 0, 0, 0]
+    assert torch.equal(starts(), starts(by_age=0.)) and not torch.equal(starts(), starts(by_age=1.))
+    marked = d['breakout']; marked.codes[:, 0, 0] = (torch.arange(3000) >= since).to(torch.uint8)
+    assert starts(by_age=1.).all() and not starts().all()
+
+
+def test_dreams_begin_late_in_a_life_as_often_as_early():
+    n = 4_000; done = torch.zeros(n, dtype=torch.bool); done[[*range(39, 2_000, 40), *range(2_249, n, 250)]] = True        # lives of 40 steps, then of 250
+    d = Tokens(torch.zeros(n, 1, 2, dtype=torch.uint8), torch.zeros(n, dtype=torch.long), torch.zeros(n), done, torch.zeros(n, dtype=torch.long))
+    d.actions = torch.arange(n)                                                                                     # they say where a context lies
+    def late(by_age): return float((d.age()[Contexts({'breakout': d}, ['breakout'], 8, hot=.5, by_age=by_age)(2_000, np.random.default_rng(0))[1][:, -1] + 1] >= 180).mean())
+    assert late(0.) < .2 < late(.5) < late(1.)
 
 
 def test_a_cut_is_not_an_ending():

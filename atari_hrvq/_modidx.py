@@ -269,6 +269,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                   'atari_hrvq.dream.ball_readers': ('dream.html#ball_readers', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.balls_back': ('dream.html#balls_back', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.begins': ('dream.html#begins', 'atari_hrvq/dream.py'),
+                                  'atari_hrvq.dream.by_speed': ('dream.html#by_speed', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.dream_gif': ('dream.html#dream_gif', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.endings_told': ('dream.html#endings_told', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.events_ahead': ('dream.html#events_ahead', 'atari_hrvq/dream.py'),

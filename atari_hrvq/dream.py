@@ -22,7 +22,7 @@ from .world import WorldModel, evenly, f1, load_tokens, token_batches, uniform
 __all__ = ['MEETINGS', 'FLIGHTS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv',
            'make_dream', 'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate',
            'untouched_within', 'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of',
-           'balls_back', 'flights', 'flown', 'endings_told', 'dream_gif', 'reliability']
+           'balls_back', 'flights', 'flown', 'by_speed', 'endings_told', 'dream_gif', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -348,6 +348,13 @@ def flown(world, tokenizer, tokens, episodes, at, way, context=8, seed=0):
     towards = np.sign(v[at + 1] - v[at])
     return tuple(np.stack([(read(frames(k)) - begin) * towards / way[:, k] for k in range(H)], 1) for frames in (lambda k: codes[:, k], lambda k: tokens.codes[at + k + 1]))
 
+def by_speed(speed, dreamt, read, cuts=(5, 7)):
+    "One row a band of speed, with at least five flights: how many, and the medians of the shares after the first and the last step, of the dreams and of the real tokens."
+    rows, names = [], [f'below {cuts[0]}', *(f'{a} to {b}' for a, b in zip(cuts, cuts[1:], strict=False)), f'{cuts[-1]} and more']
+    for j, name in enumerate(names):
+        m = np.digitize(speed, cuts) == j
+        if m.sum() >= 5: rows.append({'speed': name, 'flights': int(m.sum()), 'ball in the dream': float((~np.isnan(dreamt[m, -1])).mean()), **{f'{what}, {k} steps': float(np.nanmedian(x[m, k - 1])) for what, x in (('dreamt', dreamt), ('real tokens', read)) for k in (1, x.shape[1]) if not np.isnan(x[m, k - 1]).all()}})
+    return rows
 
 
 # %% ../nbs/08_dream.ipynb #endings-told

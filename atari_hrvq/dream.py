@@ -32,6 +32,7 @@ class Contexts:
     Calling it with `(n, rng)` gives codes uint8 [n, C, P, L], actions int64 [n, C-1], game int64 [n]."""
     def __init__(self, data, games, length=8, hot=.6, reach=16, recent=None, by_age=0.):
         require(length >= 2 and reach >= 1 and 0 <= hot <= 1, f'a context has at least 2 frames, hot is a share from 0 to 1 and reach at least 1 step, got length {length}, hot {hot} and reach {reach}')
+        require(0 <= by_age <= 1, f'by_age is a share of the contexts, from 0 to 1, got {by_age}')
         for g in data: choices('game of the world model', g, games)
         self.data, self.length, self.share, self.reach, self.recent, self.by_age, self.late = data, length, hot, reach, recent, by_age, {}
         self.ids, self.plain, self.hot = [games.index(g) for g in data], {}, {}

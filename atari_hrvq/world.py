@@ -82,6 +82,7 @@ def token_batches(data, size, length, recent=None, by_age=0.):
 
     `data`: {game: Tokens}. `following` uint8 [B, T, P, L] are the next codes, `known` bool [B, T] where they exist.
     `recent`: {game: first index of the newest data}, from which half of the windows are then drawn. `by_age`: share of the windows (of the newest, where there are any) that are drawn `evenly` over the ages of their middles."""
+    require(0 <= by_age <= 1, f'by_age is a share of the windows, from 0 to 1, got {by_age}')
     starts = {g: d.windows(length) for g, d in data.items()}
     for g, s in starts.items(): require(len(s), f'{g} has no episode of {length} steps: collect more or shorten the window')
     new = {g: s[s >= recent[g]] if recent else s[:0] for g, s in starts.items()}
@@ -455,6 +456,7 @@ class WorldModel(Pretrained):
         """`codes` with up to `scheduled` of the frames, a share drawn for each window, in the place of which stands what the model makes of the frames before them, level 0 drawn at `temperature`: what a dream makes of itself. With the second of the `passes` some of those before are such frames too.
 
         All frames are predicted at once from the last pass, which is what makes it cheap (scheduled sampling in parallel: Bengio et al., 2015; Mihaylova & Martins, 2019). The first two frames of a window are real: one alone does not tell what moves."""
+        require(0 <= self.config.scheduled <= 1, f'scheduled is a share of the frames, from 0 to 1, got {self.config.scheduled}')
         now, (B, T), heat, was = codes, actions.shape, (temperature,) + (0.,) * (self.config.levels - 1), self.training
         self.eval()                                                          # the experts' balance counts what is learned, once
         share = torch.rand(B, 1, device=codes.device) * self.config.scheduled

@@ -362,6 +362,9 @@ def step_at(model, temperature):
     (lambda m: Contexts({'breakout': toy(60)}, ['breakout'], 1), 'at least 2 frames'),
     (lambda m: Contexts({'breakout': toy(60)}, ['breakout'], 4, hot=2.), 'hot is a share'),
     (lambda m: Contexts({'breakout': toy(60)}, ['breakout'], 4, reach=0), 'reach at least 1'),
+    (lambda m: Contexts({'breakout': toy(60)}, ['breakout'], 4, by_age=1.5), 'by_age is a share of the contexts'),
+    (lambda m: token_batches({'breakout': toy(60)}, 2, 4, by_age=-.5), 'by_age is a share of the windows'),
+    (lambda m: WorldModel(WorldConfig(**{**SMALL, 'scheduled': 2.})).drifted(torch.zeros(1, 4, 1, 2, dtype=torch.uint8), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, dtype=torch.long)), 'scheduled is a share of the frames'),
     (lambda m: envs(m).reset() and envs(m).render(), 'without its tokenizer')])
 def test_bad_input(learnt, call, message):
     with pytest.raises(BookError, match=message): call(learnt)

@@ -326,7 +326,7 @@ FLIGHTS = {'pong': (60, 160), 'breakout': (98, 168)}              # where a ball
 
 def flights(episodes, steps=3, before=3, slack=2):
     """`(at int64 [S], way float [S, steps])`: where the ball of an `Episodes` has flown straight for `before` steps and does for `steps` more (two steps of it differ by at most `slack` console pixels), and how far along the way to the paddle
-    (`MEETINGS`) it gets in 1 to `steps` steps: above 0, whichever way it flies."""
+    (`MEETINGS`) it gets in 1 to `steps` steps: below 0 where it flies away from it."""
     game, n = episodes.game, len(episodes.ram)
     require(game in FLIGHTS, f'no ball flies in {game}: expected one of {", ".join(FLIGHTS)}')
     labels, names, present = state_labels(game, episodes.ram)
@@ -338,16 +338,14 @@ def flights(episodes, steps=3, before=3, slack=2):
     free = (seen[path] & (v[path] > low) & (v[path] < high)).all(1) & (episodes.episode[path] == episodes.episode[path[:, :1]]).all(1) & ~(episodes.life_lost[path[:, :-1]] | lost).any(1)
     free &= (np.ptp(moves, axis=1) <= slack).all(1) & (np.abs(np.diff(v[path], axis=1)) > slack).all(1)
     at = path[free, before]
-    return at, np.abs(v[at[:, None] + np.arange(1, steps + 1)] - v[at][:, None])
+    return at, v[at[:, None] + np.arange(1, steps + 1)] - v[at][:, None]
 
 def flown(world, tokenizer, tokens, episodes, at, way, context=8, seed=0):
     """`(dreamt float [S, H], read float [S, H])` of S `flights` with `context` real frames before them: how far the ball gets in H steps in a dream with the real actions and as the glasses read it off the real `tokens`, as shares of the real `way`; NaN where no ball is seen."""
     game, H = world.config.games.index(episodes.game), way.shape[1]
     read, codes = ball_readers(tokenizer, episodes.game)[MEETINGS[episodes.game][0]], open_loop(world, tokens, game, context, H, at - context + 1, seed=seed).codes
-    begin, labels, names, _ = read(tokens.codes[at]), *state_labels(episodes.game, episodes.ram)
-    v = labels[:, names.index(MEETINGS[episodes.game][0])]
-    towards = np.sign(v[at + 1] - v[at])
-    return tuple(np.stack([(read(frames(k)) - begin) * towards / way[:, k] for k in range(H)], 1) for frames in (lambda k: codes[:, k], lambda k: tokens.codes[at + k + 1]))
+    begin = read(tokens.codes[at])
+    return tuple(np.stack([(read(frames(k)) - begin) / way[:, k] for k in range(H)], 1) for frames in (lambda k: codes[:, k], lambda k: tokens.codes[at + k + 1]))
 
 def by_speed(speed, dreamt, read, cuts=(5, 7)):
     "One row a band of speed, with at least five flights: how many, and the medians of the shares after the first and the last step, of the dreams and of the real tokens."

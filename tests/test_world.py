@@ -110,7 +110,7 @@ def test_corruption_takes_codes_of_another_window_of_the_same_game():
 def test_scheduled_frames_are_what_the_model_makes_of_those_before():
     torch.manual_seed(0)
     model = WorldModel(WorldConfig(**{**SMALL, 'corrupt': 0., 'scheduled': 1.}))
-    codes, actions, rewards, done, game, following, known = batch = token_batches({'breakout': toy()}, 64, 8)(np.random.default_rng(0))
+    codes, actions, _, _, game, following, _ = token_batches({'breakout': toy()}, 64, 8)(np.random.default_rng(0))
     bias = model.blocks[1].experts.bias.clone()
     def drifted(passes): torch.manual_seed(3); return model.drifted(codes, actions, game, passes, temperature=0.)
     with torch.no_grad(): said = model.eval()(codes, actions, game, following).logits[0].argmax(-1)[:, :-1]        # the likeliest codes of level 0

@@ -9,9 +9,11 @@ import time
 import multiprocessing as mp
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gymnasium.vector import AutoresetMode
 from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive, drop_checkpoint, file_hash, fingerprint, fit, in_half, load_checkpoint, load_tree, monitor, progress, read_json,
                              repo_path, require, rng_for, save_checkpoint, seed_all, set_rate, write_json)
 from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
@@ -21,11 +23,11 @@ from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, gae, log_prob_o
 from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 
 # %% auto #0
-__all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'seen_after', 'real_returns',
-           'returns_to_hold', 'real_advantages', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent', 'learn',
-           'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play', 'Imitation', 'both_see', 'imitate',
-           'with_new_eyes', 'packed_replay', 'shipped_part', 'shipped_replay', 'remembered', 'random_play',
-           'train_agent', 'by_depth']
+__all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'GameVectorEnv',
+           'seen_after', 'real_returns', 'returns_to_hold', 'real_advantages', 'LoopConfig', 'replay_frames', 'head',
+           'fresh_agent', 'learn', 'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play',
+           'Imitation', 'both_see', 'imitate', 'with_new_eyes', 'packed_replay', 'shipped_part', 'shipped_replay',
+           'remembered', 'random_play', 'train_agent', 'by_depth']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -214,6 +216,61 @@ def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=Non
             clock = time.time()
             save_checkpoint(checkpoint, mark, {'ppo': ppo.state(), 'step': k + 1, 'history': history})
     return history
+
+# %% ../nbs/10_agent.ipynb #in-game
+class GameVectorEnv(gym.vector.VectorEnv):
+    """Real games as `agent` is shown them: what `DreamVectorEnv` is to dreams, so that `rollout` and `train_ppo` can put the game where the dream was.
+
+    `names`: the game of each copy. Observations float32 [n, F] (`observation_size`), rewards as `agent.paid` has them, `terminated` at a lost life. With the next step, whose action is ignored
+    (NEXT_STEP autoreset), the game goes on by a no-op, and anew only if it was over; the agent's memory lasts as long as the game. `infos['action_mask']` int8 [n, 18], `infos['game']`,
+    `infos['points']` float [n], unclipped. With `tensors` all stays torch tensors on the agent's device; with `half` a CPU looks in bf16. `steps` counts the real steps."""
+    def __init__(self, agent, names, protocol='atari100k', tensors=True, half=False, workers=None):
+        self.eyes, self.names, self.num_envs, self.tensors, self.half, self.steps = copy.copy(agent), list(names), len(names), tensors, half, 0
+        self.eyes.start(self.names, self.num_envs, learning=True)
+        self.metadata = {'autoreset_mode': AutoresetMode.NEXT_STEP, 'render_modes': []}
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_size(agent.world),), np.float32)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
+        self.legal = self.eyes.mask.cpu().numpy()
+        self.single_action_space, self.action_space = gym.spaces.Discrete(self.legal.shape[1]), gym.spaces.MultiDiscrete([self.legal.shape[1]] * self.num_envs)
+        self.games = Games(self.names, protocol, workers or (cores() if agent.device.type == 'cuda' else 1))
+        self.frames = None
+
+    def reset(self, *, seed=None, options=None):
+        require(seed is None or seed >= 0, f'a seed is 0 or more, got {seed}')
+        self.seed, self.begun = int(np.random.default_rng(seed).integers(2**31)), [0] * self.num_envs
+        self.eyes.codes, self.over, self.lost = None, np.ones(self.num_envs, bool), np.zeros(self.num_envs, bool)
+        self.frames = [frame for frame, _ in self.games.ask([self._anew(i) for i in range(self.num_envs)])]
+        seen, self.over = self._look(np.zeros(self.num_envs, np.int64)), np.zeros(self.num_envs, bool)
+        return seen, self._info(np.zeros(self.num_envs, np.float32))
+
+    def step(self, actions):
+        require(self.frames is not None, 'the games have not begun: call reset first')
+        actions = np.where(self.over | self.lost, 0, np.asarray(torch.as_tensor(actions).cpu()))
+        said = self.games.ask([self._anew(i) if over else (i, False, int(a)) for i, (over, a) in enumerate(zip(self.over, actions, strict=True))])
+        points, lost, ended, cut = (np.zeros(self.num_envs, k) for k in (np.float32, bool, bool, bool))
+        for i, x in enumerate(said):
+            self.frames[i] = x[0]
+            if not self.over[i]: points[i], ended[i], cut[i], lost[i] = x[1], x[2], x[3], x[4]['life_lost']
+        self.steps += int((~self.over).sum())
+        seen, self.over, self.lost = self._look(actions), ended | cut, lost
+        paid = np.array([self.eyes.paid(g, r) for g, r in zip(self.names, points, strict=True)], np.float32)
+        return seen, *(self._out(x) for x in (paid, lost | ended, cut & ~ended & ~lost)), self._info(points)
+
+    def _anew(self, i):
+        self.begun[i] += 1
+        return i, True, derive(self.seed, self.names[i], i, self.begun[i] - 1) % 2**31
+
+    @torch.no_grad()
+    def _look(self, actions):
+        self.eyes.previous = torch.from_numpy(actions).to(self.eyes.device)
+        with in_half(self.eyes.device, self.half):
+            self.eyes.remember(np.stack(self.frames)[:, None], self.over)
+            return self._out(self.eyes.sees(self.eyes.codes, self.eyes.actions, self.eyes.game).float())
+
+    def _out(self, x): return torch.as_tensor(x).to(self.eyes.device) if self.tensors else np.asarray(x if isinstance(x, np.ndarray) else x.cpu())
+    def _info(self, points): return {'action_mask': self._out(self.legal), 'game': self._out(self.eyes.game), 'points': self._out(points)}
+    def close_extras(self, **kwargs): self.games.close()
+
 
 # %% ../nbs/10_agent.ipynb #grounded
 REAL = 45_000                     # states of the newest play that a round keeps at hand for its critic, and twice as many of all play

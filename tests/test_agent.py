@@ -6,14 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
 from atari_hrvq import agent as module, world as world_module
-from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, Imitation, LoopConfig, both_see, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, imitate, improve, join_tokens, learn, play, real_advantages, real_returns, remembered, replay_frames, returns_to_hold, study, train_agent, with_new_eyes
+from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, GameVectorEnv, Imitation, LoopConfig, both_see, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, imitate, improve, join_tokens, learn, play, real_advantages, real_returns, remembered, replay_frames, returns_to_hold, study, train_agent, with_new_eyes
 from atari_hrvq.dream import Contexts
-from atari_hrvq.core import PROFILES, BookError, Stage, load_checkpoint, save_tree
+from atari_hrvq.core import PROFILES, BookError, Stage, derive, load_checkpoint, save_tree
 from atari_hrvq.evaluate import what_if
-from atari_hrvq.frames import LEGAL, MIRROR, MIRRORED, RandomPolicy, action_mask, collect, load_stored, mirrored, store_episodes
+from atari_hrvq.frames import LEGAL, make_env, MIRROR, MIRRORED, RandomPolicy, action_mask, collect, load_stored, mirrored, store_episodes
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
-from atari_hrvq.ppo import PPO, PPOConfig
+from atari_hrvq.ppo import PPO, PPOConfig, rollout, train_ppo
 from atari_hrvq.pretrained import pack_replay
 from atari_hrvq.world import Tokens, WorldModel, load_tokens, tokenise
 
@@ -452,3 +453,49 @@ def test_tokens_are_encoded_once_a_tokenizer(parts, tmp_path, monkeypatch):
     with torch.no_grad(): next(tokenizer.parameters()).add_(.1)
     load_tokens(stage, tokenizer, 'pong', 'test')
     assert len(calls) == 2
+
+
+def test_the_game_stands_where_the_dream_was(parts):
+    agent, ppo, _ = fresh(parts)
+    agent.power, agent.units = .5, {'pong': 1., 'breakout': 1.}
+    names, actions = ['breakout', 'pong', 'breakout'], np.random.default_rng(0)
+    envs = GameVectorEnv(agent, names, tensors=False)
+    with pytest.raises(BookError, match='call reset first'): envs.step(np.zeros(3, int))
+    seen, info = envs.reset(seed=5)
+    assert envs.metadata['autoreset_mode'] == AutoresetMode.NEXT_STEP and envs.observation_space.contains(seen) and np.array_equal(info['game'], [1, 0, 1])
+    mirror = [make_env(g, stack=0) for g in names]
+    first = [m.reset(seed=derive(envs.seed, g, i, 0) % 2**31) for i, (g, m) in enumerate(zip(names, mirror, strict=True))]
+    twin = copy.copy(agent); twin.start(names, 3, learning=True)
+    frames, again, over = np.stack([f for f, _ in first])[:, None], np.ones(3, bool), np.zeros(3, bool)
+    twin.remember(frames, again)
+    lost = []
+    for t in range(260):                                                                   # the same by hand, with the same agent's eyes
+        assert np.allclose(seen, twin.sees(twin.codes, twin.actions, twin.game).detach().numpy(), atol=1e-5)
+        move = np.array([actions.choice(np.flatnonzero(m)) for m in info['action_mask']])
+        seen, paid, ended, cut, info = envs.step(move)
+        done = [m.step(0 if o else int(a)) for m, a, o in zip(mirror, move, over, strict=True)]          # after a lost life: a no-op
+        assert np.allclose(paid, [np.sign(d[1]) * abs(d[1]) ** .5 for d in done]) and np.allclose(info['points'], [d[1] for d in done])
+        over = np.array([d[4]['life_lost'] for d in done]); lost.append(over)
+        assert np.array_equal(ended, over) and not cut.any()
+        twin.previous = torch.from_numpy(np.where(lost[-2] if t else False, 0, move))
+        twin.remember(np.stack([d[0] for d in done])[:, None], np.zeros(3, bool))
+        if np.sum(lost, 0).max() == 4: break                                                # before a game is over
+    assert np.sum(lost) >= 4 and envs.steps == 3 * (t + 1)
+    envs.close()
+
+
+def test_a_game_that_is_over_begins_anew_and_a_policy_learns_from_games(parts):
+    agent, ppo, _ = fresh(parts)
+    envs = GameVectorEnv(agent, ['breakout', 'pong'])
+    r = rollout(envs, agent.policy, 900, envs.reset(seed=1), torch.Generator().manual_seed(0))
+    assert (r.terminated[:, 0] & r.ended[:, 0]).sum() >= 5 and envs.begun == [1 + int(r.terminated[:, 0].sum()) // 5, 1 + int(r.terminated[:, 1].sum())] and torch.equal(r.valid[1:], ~r.ended[:-1])
+    assert envs.steps == 900 * 2 - sum(envs.begun) + 2                                           # a step that begins a game anew plays none
+    envs.close()
+    before, state = copy.deepcopy(agent.policy.state_dict()), {k: v.clone() for k, v in agent.world.state_dict().items()}
+    def learned():
+        torch.manual_seed(3); policy = copy.deepcopy(agent.policy)
+        return train_ppo(lambda: GameVectorEnv(agent, ['breakout', 'pong']), policy, PPOConfig(minibatches=2), 64, seed=2, horizon=8, chunk=2, clip_rewards=False), policy
+    (a, one), (b, two) = learned(), learned()
+    assert a == b and all(torch.equal(x, two.state_dict()[k]) for k, x in one.state_dict().items()) and any(not torch.equal(x, before[k]) for k, x in one.state_dict().items())
+    assert all(torch.equal(v, state[k]) for k, v in agent.world.state_dict().items())
+    with pytest.raises(BookError, match='does not know'): GameVectorEnv(agent, ['tetris'])

@@ -350,6 +350,7 @@ class LoopConfig:
     ending: float = 1.        # weight of the endings while the world model learns
     corrupt: float = 0.       # up to which share of a context's tokens the world model learns with others in their place
     scheduled: float = 0.     # up to which share of a window's frames the world model learns from what it makes itself of those before
+    hot: float = .6           # share of a round's dreams that begin within 16 steps before a reward or an ending
     by_age: float = 0.        # share of windows and of dreams' starts that is drawn evenly over how long lives have lasted
     hidden: int = 256         # width of a fresh policy
     mirror: bool = False      # Breakout and MsPacman are learned, and dreamt, as a mirror shows them too
@@ -429,7 +430,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         real = returns_to_hold(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r)) if c.real_rows else None
         newest = {g: len(d) - len(replay[g][-1]) for g, d in data.items()}
         played = real_advantages(agent, data, ppo.config, newest) if c.real_actions and (r or known and fed) else None      # what came before the loop was played by others
-        curve = improve(agent, ppo, Contexts(data, games, agent.context, recent=recent, by_age=c.by_age), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, played=played, real_actions=c.real_actions, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, half=c.half, desc=f'round {r}: dreaming')
+        curve = improve(agent, ppo, Contexts(data, games, agent.context, hot=c.hot, recent=recent, by_age=c.by_age), now.iterations, c.dreams, c.horizon, derive(stage.seed, r), real=real, real_rows=c.real_rows, played=played, real_actions=c.real_actions, checkpoint=stage.checkpoint(f'dream-{r}'), falling=last or c.falling, foresight=c.foresight, half=c.half, desc=f'round {r}: dreaming')
         curves += [{**h, 'step': h['step'] + len(curves), 'round': r} for h in curve]
         tail = curve[-max(1, len(curve) // 5):]
         row = {'round': r, **({} if fed else {'replayed': True}), 'real_steps': before + steps(), **{k: float(np.mean([h[k] for h in tail])) for k in tail[0] if k.startswith('dream_reward')}}

@@ -455,6 +455,16 @@ def test_tokens_are_encoded_once_a_tokenizer(parts, tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
+def test_where_dreams_begin(parts, tmp_path, monkeypatch):
+    shares = []
+    class Told(Contexts):
+        def __init__(self, *a, **k): super().__init__(*a, **k); shares.append(self.share)
+    monkeypatch.setattr(module, 'Contexts', Told)
+    for hot in (0., .6):
+        loop(parts, tmp_path / str(hot), replace(LOOP, hot=hot, real_rows=0, real_actions=0))
+        assert shares and set(shares) == {hot}; shares.clear()
+
+
 def test_the_game_stands_where_the_dream_was(parts):
     agent, ppo, _ = fresh(parts)
     agent.power, agent.units = .5, {'pong': 1., 'breakout': 1.}

@@ -34,6 +34,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                   'atari_hrvq.agent.Agent.save_pretrained': ('agent.html#agent.save_pretrained', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.Agent.sees': ('agent.html#agent.sees', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.Agent.start': ('agent.html#agent.start', 'atari_hrvq/agent.py'),
+                                  'atari_hrvq.agent.Agent.workers': ('agent.html#agent.workers', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.GameVectorEnv': ('agent.html#gamevectorenv', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.GameVectorEnv.__init__': ('agent.html#gamevectorenv.__init__', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.GameVectorEnv._anew': ('agent.html#gamevectorenv._anew', 'atari_hrvq/agent.py'),

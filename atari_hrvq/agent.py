@@ -50,6 +50,9 @@ class Agent:
     @property
     def device(self): return next(self.world.parameters()).device
 
+    @property
+    def workers(self): return cores() if self.device.type == 'cuda' else 1       # processes for the games that it plays: one a core beside a GPU
+
     def save_pretrained(self, folder, dtype=None):
         folder = Path(folder)
         for name in ('tokenizer', 'world', 'policy'):                # the tokenizer's codes are what all else is about: never in 8 bits
@@ -146,7 +149,7 @@ def play(agent, games, each, steps, seed, protocol='atari100k', desc='playing', 
     """Play `each` copies of every game for `steps` agent steps each, sampling from the policy. Returns {game: Episodes},
     one after the other; every episode has its own seed, so the result follows from seeds and actions, however many processes (`workers`; None: one a core beside a GPU, else this one) the games are in."""
     names = [g for g in games for _ in range(each)]
-    envs = Games(names, protocol, workers or (cores() if agent.device.type == 'cuda' else 1))
+    envs = Games(names, protocol, workers or agent.workers)
     rows, seeds, now, restart = [[] for _ in names], [[] for _ in names], [None] * len(names), np.ones(len(names), bool)
     agent.start(names, len(names), derive(seed, 'play'), learning=True)
     for _ in progress(range(steps), desc):
@@ -232,7 +235,7 @@ class GameVectorEnv(gym.vector.VectorEnv):
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
         self.legal = self.eyes.mask.cpu().numpy()
         self.single_action_space, self.action_space = gym.spaces.Discrete(self.legal.shape[1]), gym.spaces.MultiDiscrete([self.legal.shape[1]] * self.num_envs)
-        self.games = Games(self.names, protocol, workers or (cores() if agent.device.type == 'cuda' else 1))
+        self.games = Games(self.names, protocol, workers or agent.workers)
         self.frames = None
 
     def reset(self, *, seed=None, options=None):
@@ -245,7 +248,9 @@ class GameVectorEnv(gym.vector.VectorEnv):
 
     def step(self, actions):
         require(self.frames is not None, 'the games have not begun: call reset first')
-        actions = np.where(self.over | self.lost, 0, np.asarray(torch.as_tensor(actions).cpu()))
+        actions = np.asarray(torch.as_tensor(actions).cpu())
+        require(actions.shape == (self.num_envs,) and actions.dtype.kind in 'iu', f'expected {self.num_envs} actions as whole numbers, one a game, got {actions.dtype} of shape {actions.shape}')
+        actions = np.where(self.over | self.lost, 0, actions)
         said = self.games.ask([self._anew(i) if over else (i, False, int(a)) for i, (over, a) in enumerate(zip(self.over, actions, strict=True))])
         points, lost, ended, cut = (np.zeros(self.num_envs, k) for k in (np.float32, bool, bool, bool))
         for i, x in enumerate(said):

@@ -473,6 +473,8 @@ def test_the_game_stands_where_the_dream_was(parts):
     with pytest.raises(BookError, match='call reset first'): envs.step(np.zeros(3, int))
     seen, info = envs.reset(seed=5)
     assert envs.metadata['autoreset_mode'] == AutoresetMode.NEXT_STEP and envs.observation_space.contains(seen) and np.array_equal(info['game'], [1, 0, 1])
+    for wrong in (np.zeros(2, int), np.zeros(3)):
+        with pytest.raises(BookError, match='expected 3 actions as whole numbers'): envs.step(wrong)
     mirror = [make_env(g, stack=0) for g in names]
     first = [m.reset(seed=derive(envs.seed, g, i, 0) % 2**31) for i, (g, m) in enumerate(zip(names, mirror, strict=True))]
     twin = copy.copy(agent); twin.start(names, 3, learning=True)

@@ -108,5 +108,7 @@ def arm_options(c):
     uniform, one = {'experts': (most,) * n}, {'windows': (longest,) * n}
     arms = {'by layer': {}, 'uniform': uniform, 'uniform, one window': {**uniform, **one}, 'pruned': uniform, 'dense, equal active': {'experts': (1,) * n, 'hidden': active},
             'dense, equal total': {'experts': (1,) * n, 'hidden': width}, 'one window': one, 'no contrast': {'contrast': 0}, 'no corruption': {'corrupt': 0.}, 'all cells alike': {'changed': 1.}, 'rewards one step': {'ahead': 1},
-            'no local convolution': {'history': 0}, 'free logits only': {'distance': False}, 'flat': {}}
-    return {name: {'corrupt': .1, **options} for name, options in arms.items()}
+            'no local convolution': {'history': 0}, 'free logits only': {'distance': False},
+            'half as many experts': {'experts': tuple(max(1, e // 2) for e in c.experts)}, 'heads twice as wide': {'cell_hidden': 2 * c.cell_hidden}, 'heads four times as wide': {'cell_hidden': 4 * c.cell_hidden},
+            'heads wide inside': {'head_hidden': c.head_hidden}, 'the model now': {'head_hidden': c.head_hidden, 'corrupt': 0.}, 'flat': {}}
+    return {name: {'corrupt': .1, 'head_hidden': 0, **options} for name, options in arms.items()}

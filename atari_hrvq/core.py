@@ -258,10 +258,8 @@ class Pretrained(torch.nn.Module):
         return model.to(device).eval()
 
 def _build(config_class, values):
-    "A config dataclass from JSON values, nested ones included; lists become tuples."
-    nested = {k: v for k, v in getattr(config_class, 'nested', {}).items()}
-    values = {k: _build(nested[k], v) if k in nested else tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return config_class(**values)
+    "A config dataclass from JSON values; lists become tuples. What a file from before a field was added lacks is as `config_class.before` has it."
+    return config_class(**{**getattr(config_class, 'before', {}), **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}})
 
 def load_weights(model, path):
     "Load a safetensors file into `model`; names and shapes must fit exactly, otherwise nothing is changed."

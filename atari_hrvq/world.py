@@ -142,7 +142,8 @@ class WorldConfig:
     hidden: int = 384                   # width of one expert
     shared_hidden: int = 128            # width of the shared expert
     top_k: int = 1
-    cell_hidden: int = 128              # width of the heads
+    cell_hidden: int = 128              # width of the features of a cell, from which the heads read
+    head_hidden: int = 512              # width between those features and the free logits, each level its own; 0: as wide as the features
     history: int = 3                    # frames that the local convolution sees; 0 for no convolution
     distance: bool = True               # logits from distances to the codebook beside the free ones
     bins: int = 41                      # of the two-hot reward, evenly over symlog rewards of -8 to 8
@@ -154,6 +155,7 @@ class WorldConfig:
     changed: float = 4.                 # how many times as much a cell that changes weighs in the loss as one that stays
     ending: float = 1.                  # weight of the ending's cross-entropy, which is a step in a few hundred
     tokenizer: str = ''                 # hash of the tokenizer whose codes it predicts
+    before = {'head_hidden': 0}         # of models saved before this could be set
 
 # %% ../nbs/07_world.ipynb #block
 class Block(nn.Module):
@@ -203,7 +205,7 @@ class LevelHeads(nn.Module):
         self.place = nn.Parameter(torch.zeros(P, H))
         self.scene = Embedding(P * c.codes, H)                 # level-0 codes of all cells, summed
         self.chosen = nn.ModuleList(Embedding(c.codes, H) for _ in range(c.levels - 1))
-        self.free = nn.ModuleList(nn.Sequential(nn.Linear(H, H), nn.SiLU(), nn.Linear(H, c.codes)) for _ in range(c.levels))
+        self.free = nn.ModuleList(nn.Sequential(nn.Linear(H, c.head_hidden or H), nn.SiLU(), nn.Linear(c.head_hidden or H, c.codes)) for _ in range(c.levels))
         self.shift = nn.ModuleList(nn.Linear(H, c.cell_dim) for _ in range(c.levels))
         self.log_scale = nn.Parameter(torch.zeros(c.levels))
         nn.init.normal_(self.scene.weight, std=.05)

@@ -345,7 +345,7 @@ class LoopConfig:
     batch: int = 24           # windows a world-model step
     window: int = 20          # steps a window
     world_lr: float = 5e-4    # after the beginning
-    begin_lr: float = 1e-3
+    begin_lr: float = 3e-3
     tokenizer_lr: float = 5e-4  # after the beginning, where it is four times that
     mix: float = .01          # share of a uniform choice among the legal actions in the policy
     power: float = 0.         # of a reward in what a dream pays for it (@eq-power); 0 for its sign
@@ -589,7 +589,7 @@ def remembered(stage, newest=None):
 LOOPS = {'smoke': LoopConfig(1, 60, 2, 4, 2, tokenizer_steps=2, frames=12, dreams=12, horizon=5, batch=6, window=8),
          'laptop': LoopConfig(1, 1500, 3, 50, 12, tokenizer_steps=30),
          'overnight': LoopConfig(8, 10_000, 5, 500, 120, first=20_000, begin_tokenizer=2_000, begin_world=800, tokenizer_steps=200),
-         'gpu': LoopConfig(9, 10_000, 20, 1_200, 240, first=10_000, begin_tokenizer=1_500, begin_world=1_500, tokenizer_steps=200, frames=384, dreams=1020, batch=96, window=24, grid=7, contrast=0, hidden=512, last=2)}
+         'gpu': LoopConfig(9, 10_000, 20, 1_200, 240, first=10_000, begin_tokenizer=1_500, begin_world=1_500, tokenizer_steps=200, frames=384, dreams=1020, batch=96, window=24, grid=7, contrast=0, hidden=512, last=2, begin_lr=1e-3)}
 CONTEXT = {'smoke': 4, 'laptop': 8, 'gpu': 8}                        # frames that a dream and an agent start from
 NEWEST = {'smoke': 0, 'laptop': 10_000, 'overnight': None, 'gpu': None}      # of the shipped replay what a short run has time to look at, steps a game; None: all
 

@@ -1,4 +1,5 @@
 """world and dream: alignment on a game with known answers, causality, cache, seeds, endings."""
+import json
 from types import SimpleNamespace
 import numpy as np
 import pytest
@@ -329,6 +330,16 @@ def test_a_long_dream_keeps_its_rules_in_memory_of_fixed_size(learnt):
 def test_save_and_load(tmp_path, learnt):
     again = WorldModel.from_pretrained(learnt.save_pretrained(tmp_path / 'w'))
     assert perfect(again, toy(seed=1)) == perfect(learnt, toy(seed=1)) and again.config == learnt.config
+
+
+def test_models_from_before_wide_heads_load_as_they_were_made(tmp_path):
+    narrow = WorldModel(WorldConfig(**SMALL, head_hidden=0)).eval(); folder = narrow.save_pretrained(tmp_path / 'old')
+    said = json.loads((folder / 'config.json').read_text()); assert said.pop('head_hidden') == 0
+    (folder / 'config.json').write_text(json.dumps(said))
+    again, x = WorldModel.from_pretrained(folder), torch.randn(3, 1, SMALL['cell_hidden'])
+    assert again.config.head_hidden == 0 and again.heads.free[0][0].out_features == SMALL['cell_hidden'] and torch.equal(again.heads.free[0](x), narrow.heads.free[0](x))
+    wide = WorldModel(WorldConfig(**SMALL))
+    assert wide.heads.free[0][0].out_features == WorldConfig().head_hidden == WorldModel.from_pretrained(wide.save_pretrained(tmp_path / 'new')).config.head_hidden
 
 
 def test_resume_is_bitwise(tmp_path):

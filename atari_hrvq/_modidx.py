@@ -223,6 +223,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                  'atari_hrvq.core.fit': ('core.html#fit', 'atari_hrvq/core.py'),
                                  'atari_hrvq.core.in_half': ('core.html#in_half', 'atari_hrvq/core.py'),
                                  'atari_hrvq.core.injected_parameters': ('core.html#injected_parameters', 'atari_hrvq/core.py'),
+                                 'atari_hrvq.core.lacks_bf16': ('core.html#lacks_bf16', 'atari_hrvq/core.py'),
                                  'atari_hrvq.core.learning_rate': ('core.html#learning_rate', 'atari_hrvq/core.py'),
                                  'atari_hrvq.core.load_arrays': ('core.html#load_arrays', 'atari_hrvq/core.py'),
                                  'atari_hrvq.core.load_checkpoint': ('core.html#load_checkpoint', 'atari_hrvq/core.py'),

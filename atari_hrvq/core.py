@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #imports
 from __future__ import annotations
-import hashlib, io, json, math, os, shutil, sys, time
+import hashlib, io, json, math, os, shutil, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from tqdm.std import tqdm
 
 # %% auto #0
 __all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'WIDEST', 'BookError', 'require', 'choices', 'pick',
-           'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'in_half', 'Graphed', 'set_rate', 'cores',
-           'one_thread', 'count_parameters', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'pack', 'unpack',
-           'write_atomic', 'write_json', 'save_tree', 'load_arrays', 'load_tree', 'file_hash', 'put_in_place',
+           'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'lacks_bf16', 'in_half', 'Graphed',
+           'set_rate', 'cores', 'one_thread', 'count_parameters', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'pack',
+           'unpack', 'write_atomic', 'write_json', 'save_tree', 'load_arrays', 'load_tree', 'file_hash', 'put_in_place',
            'Pretrained', 'load_weights', 'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw', 'settings',
            'fit', 'fingerprint', 'save_checkpoint', 'drop_checkpoint', 'load_checkpoint', 'plot_history', 'repo_path',
            'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number', 'Table', 'bootstrap_mean']
@@ -79,10 +79,17 @@ def best_device():
     torch.use_deterministic_algorithms(True)
     return torch.device('cpu')
 
+def lacks_bf16():
+    "Whether this CPU says what it has and bf16 instructions are not among it."
+    has = getattr(torch.cpu, 'get_capabilities', dict)()
+    return 'avx512_bf16' in has and not (has['avx512_bf16'] or has['amx_bf16'])
+
 def in_half(device, on):
-    """A context in which the matrix products of a CPU are in bf16 if `on`, while weights, sums and losses stay fp32 (Micikevicius et al., 2018). A CPU with bf16 instructions does them several times as fast,
-    one without them slower; on a GPU nothing changes, which has TF32. Nothing that was rounded is kept for later, so weights may learn inside."""
-    return torch.autocast('cpu', torch.bfloat16, enabled=bool(on) and torch.device(device).type == 'cpu', cache_enabled=False)
+    """A context in which the matrix products of a CPU are in bf16 if `on`, while weights, sums and losses stay fp32 (Micikevicius et al., 2018). A CPU with bf16 instructions does them several times as fast;
+    one without them ten times as slowly and more, which it warns of. On a GPU nothing changes, which has TF32. Nothing that was rounded is kept for later, so weights may learn inside."""
+    on = bool(on) and torch.device(device).type == 'cpu'
+    if on and lacks_bf16(): warnings.warn('half precision (bf16) was asked of a CPU without instructions for it (avx512_bf16 or AMX): expect ten times the time and more; leave it out, as with --set half=no', stacklevel=2)
+    return torch.autocast('cpu', torch.bfloat16, enabled=on, cache_enabled=False)
 
 class Graphed:
     """`f(*tensors)`, on a GPU as a CUDA graph: called `warmup` times, then recorded, from then on replayed on copies of what it is given.

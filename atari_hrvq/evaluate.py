@@ -98,12 +98,12 @@ def cool(agent, games=None, temperatures=TEMPERATURES, episodes=30, seed=0, max_
 
     The seeds are not those of `evaluate` with the same `seed`. Games are cut after `max_steps` agent steps and count as far as they went."""
     require(temperatures and min(temperatures) > 0, f'expected temperatures above 0, got {temperatures}')
-    rows, chosen = [], dict(agent.temperature)
+    rows, chosen, trial = [], dict(agent.temperature), copy.copy(agent)                # stopped half-way, `agent` is as it was
     for g in games or agent.games:
         mine = []
         for t in temperatures:
-            agent.temperature = {**chosen, g: t}
-            played = evaluate(agent, g, episodes, derive(seed, 'cool'), max_steps=max_steps, desc=f'{g} at {t:g}')
+            trial.temperature = {**chosen, g: t}
+            played = evaluate(trial, g, episodes, derive(seed, 'cool'), max_steps=max_steps, desc=f'{g} at {t:g}')
             score, lo, hi = bootstrap_mean([e['return'] for e in played], seed)
             mine.append({'game': g, 'temperature': t, 'score': score, 'lo': lo, 'hi': hi, 'steps': sum(e['steps'] for e in played), 'episodes': episodes})
         chosen[g] = max(mine, key=lambda r: r['score'])['temperature']

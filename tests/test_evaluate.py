@@ -100,6 +100,13 @@ def test_the_best_temperature_of_each_game_is_kept(monkeypatch):
     rows = cool(player := Player(), episodes=3, temperatures=(1., .5))
     assert player.temperature == best and [(r['game'], r['temperature'], r['kept']) for r in rows] == [('pong', 1., False), ('pong', .5, True), ('breakout', 1., True), ('breakout', .5, False)]
     assert all(r['steps'] == 30 and r['lo'] <= r['score'] <= r['hi'] for r in rows) and set(seen) == {module.derive(0, 'cool')} != {0}
+    def stop(agent, game, *rest, **more):
+        if game == 'breakout': raise KeyboardInterrupt
+        return play(agent, game, *rest, **more)
+    monkeypatch.setattr(module, 'evaluate', stop)
+    player.temperature = {'pong': .9}
+    with pytest.raises(KeyboardInterrupt): cool(player, episodes=3, temperatures=(1., .5))
+    assert player.temperature == {'pong': .9}            # a trial that was stopped leaves it as it was
 
 
 class Twin:

@@ -86,9 +86,9 @@ def lacks_bf16():
 
 def in_half(device, on):
     """A context in which the matrix products of a CPU are in bf16 if `on`, while weights, sums and losses stay fp32 (Micikevicius et al., 2018). A CPU with bf16 instructions does them several times as fast;
-    one without them ten times as slowly and more, which it warns of. On a GPU nothing changes, which has TF32. Nothing that was rounded is kept for later, so weights may learn inside."""
+    one without them far more slowly, which it warns of. On a GPU nothing changes, which has TF32. Nothing that was rounded is kept for later, so weights may learn inside."""
     on = bool(on) and torch.device(device).type == 'cpu'
-    if on and lacks_bf16(): warnings.warn('half precision (bf16) was asked of a CPU without instructions for it (avx512_bf16 or AMX): expect ten times the time and more; leave it out, as with --set half=no', stacklevel=2)
+    if on and lacks_bf16(): warnings.warn('half precision (bf16) was asked of a CPU without instructions for it (avx512_bf16 or AMX): expect it to take many times as long; leave it out, as with --set half=no', stacklevel=2)
     return torch.autocast('cpu', torch.bfloat16, enabled=on, cache_enabled=False)
 
 class Graphed:

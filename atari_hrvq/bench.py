@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .agent import Agent
-from .core import FitConfig, GAMES, best_device, count_parameters, in_half, load_tree, make_adamw, one_thread, repo_path, require
+from .core import FitConfig, GAMES, best_device, count_parameters, in_half, lacks_bf16, load_tree, make_adamw, one_thread, repo_path, require
 from .dream import observation_size, observe
 from .encoder import EncoderConfig, EncoderTraining, frame_batches
 from .frames import ACTIONS, RandomPolicy, collect, make_env
@@ -156,7 +156,7 @@ def bench_dream():
     with FlopCounterMode(display=False) as count: step()
     t = median_seconds(step, 5)
     rows.append(bench_row(f'world model training step, {active_parameters(world) / 1e6:.1f}M of {count_parameters(world) / 1e6:.1f}M parameters active', B * T / t, 'frames/s', t * flops / count.get_total_flops()))
-    if device.type == 'cpu': halved = median_seconds(lambda: step(True), 5); rows.append(bench_row('the same in bf16', B * T / halved, 'frames/s', halved * flops / count.get_total_flops(), 'the same in fp32', t / halved))
+    if device.type == 'cpu' and not lacks_bf16(): halved = median_seconds(lambda: step(True), 5); rows.append(bench_row('the same in bf16', B * T / halved, 'frames/s', halved * flops / count.get_total_flops(), 'the same in fp32', t / halved))
     if device.type == 'cuda': rows.append(bench_row('peak memory of the GPU', torch.cuda.max_memory_allocated() / 1e9, 'GB', None))
     return rows + [bench_row('peak memory of this process', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 'GB', None)]
 
@@ -200,7 +200,7 @@ def bench_agent(steps=100, rounds=5, starts=3, root='pretrained'):
             alone, played = in_turns({'alone': lambda: play(False), 'agent': lambda: play(True)}, rounds).values()
             rows.append(bench_row(f'{folder.name}: real {game}, one game, one thread', steps / played, 'agent steps/s', played / alone))
             env.close()
-            for half in (False, True):
+            for half in (False,) if lacks_bf16() else (False, True):
                 dreamt = dream_rate(agent, load_tree(folder / 'dream.safetensors')['start'], game, half=half)
                 rows.append(bench_row(f'{folder.name}: dreaming {game}, 256 dreams, one thread{", in bf16" * half}', dreamt, 'dream steps/s', None, 'the real game on one core, nobody thinking', dreamt * alone / steps))
     return rows

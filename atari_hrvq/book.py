@@ -294,7 +294,7 @@ def execute(root, folder, name, parameters, environment):
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, log, error = target.with_name(f'.{name}.running.ipynb'), folder / 'kernel.log', None
     try:
-        papermill.execute_notebook(str(source), str(partial), parameters, kernel_name='python3', progress_bar=False, cwd=str(root), autosave_cell_every=0,
+        papermill.execute_notebook(str(source), str(partial), parameters, kernel_name='python3', progress_bar=False, cwd=str(root), autosave_cell_every=0, start_timeout=300,
                                    kernel_manager_class=logged_kernel(log, environment))
         os.replace(partial, target)
     except PapermillExecutionError as e:

@@ -86,10 +86,10 @@ def lacks_bf16():
 
 def in_half(device, on):
     """A context in which the matrix products of a CPU are in bf16 if `on`, while weights, sums and losses stay fp32 (Micikevicius et al., 2018). A CPU with bf16 instructions does them several times as fast;
-    one without them far more slowly, which it warns of. On a GPU nothing changes, which has TF32. Nothing that was rounded is kept for later, so weights may learn inside."""
+    one without them far more slowly, so there they stay fp32 too, with a warning. On a GPU nothing changes, which has TF32. Nothing that was rounded is kept for later, so weights may learn inside."""
     on = bool(on) and torch.device(device).type == 'cpu'
-    if on and lacks_bf16(): warnings.warn('half precision (bf16) was asked of a CPU without instructions for it (avx512_bf16 or AMX): expect it to take many times as long; leave it out, as with --set half=no', stacklevel=2)
-    return torch.autocast('cpu', torch.bfloat16, enabled=on, cache_enabled=False)
+    if on and (slow := lacks_bf16()): warnings.warn('half precision (bf16) was asked of a CPU without instructions for it (avx512_bf16 or AMX), where it takes many times as long: computed in fp32 instead', stacklevel=2)
+    return torch.autocast('cpu', torch.bfloat16, enabled=on and not slow, cache_enabled=False)
 
 class Graphed:
     """`f(*tensors)`, on a GPU as a CUDA graph: called `warmup` times, then recorded, from then on replayed on copies of what it is given.

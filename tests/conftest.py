@@ -1,5 +1,5 @@
-"""The two long jobs (the smoke chain; chapters through nbdev_test) start with the session, run beside the short tests on one thread
-each, and are waited for by the tests that read their results, which come last. The chain runs every chapter that has a stage, so nbdev_test is
+"""The two long jobs (the smoke chain; chapters through nbdev_test) start with the session, run beside the short tests, all on one
+thread each, and are waited for by the tests that read their results, which come last. The chain runs every chapter that has a stage, so nbdev_test is
 asked for the others and three stages that need no earlier one; `--all-chapters`, as in CI, asks it for all."""
 import os
 import shutil
@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONDONTWRITEBYTECODE': '1', 'MPLBACKEND': 'agg', 'IN_TEST': '1', 'PATH': f'{BIN}{os.pathsep}{os.environ.get("PATH", "")}'}
+os.environ['OMP_NUM_THREADS'] = '1'                                      # before torch is imported: with the long jobs, one thread too many makes all of them several times slower
+ENV = {**os.environ, 'PYTHONDONTWRITEBYTECODE': '1', 'MPLBACKEND': 'agg', 'IN_TEST': '1', 'PATH': f'{BIN}{os.pathsep}{os.environ.get("PATH", "")}'}
 LONG = ('smoke', 'chapters')
 AFTER_OTHERS = r'^([_.]|0[234578]|1[012]|90|A)'                      # notebooks that need what an earlier one saved
 os.environ.pop('ATARI_HRVQ_PROGRESS', None)

@@ -36,13 +36,13 @@ def sentence(capsys, arguments, expected, code=2):
     assert 'Traceback' not in err[0]
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=90, log=None):
     end = time.time() + seconds
     while time.time() < end:
         found = condition()
         if found: return found
         time.sleep(.02)
-    raise AssertionError('waited in vain')
+    raise AssertionError('waited in vain' + (f'; {log} has:\n{log.read_text()[-2000:]}' if log else ''))
 
 
 # ------------------------------------------------------------------ mistakes that need no run
@@ -549,9 +549,11 @@ def test_plain_papermill_runs_the_same_stage(copy, tmp_path):
 def killed_and_resumed(copy, chapter, checkpoint):
     "kill -9 of the chain and its kernel in the middle of a training; started again, the chapter ends in the same bytes."
     files = {p: (copy / p).read_bytes() for p in json.loads((copy / 'manifest.json').read_text())['stages'][chapter]['files']}
-    chain = subprocess.Popen([COMMAND, 'run', '--run', copy, '--profile', 'smoke', '--from', chapter, '--to', chapter], cwd=ROOT, env={**ENV, 'ATARI_HRVQ_CHECKPOINT_S': '0'}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    log = copy / 'killed.log'
+    with open(log, 'w') as out: chain = subprocess.Popen([COMMAND, 'run', '--run', copy, '--profile', 'smoke', '--from', chapter, '--to', chapter], cwd=ROOT, env={**ENV, 'ATARI_HRVQ_CHECKPOINT_S': '0'}, stderr=out, stdout=out)
     path = copy / 'checkpoints' / f'{chapter}-{checkpoint}.safetensors'
-    wait_for(path.exists, 180)
+    wait_for(lambda: path.exists() or chain.poll() is not None, 600, log)
+    assert chain.poll() is None, log.read_text()
     for p in [*psutil.Process(chain.pid).children(recursive=True), chain]: p.kill()
     chain.wait()
     state = load_checkpoint(path)

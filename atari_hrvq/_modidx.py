@@ -792,6 +792,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                   'atari_hrvq.world.Tokens': ('world.html#tokens', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.Tokens.__len__': ('world.html#tokens.__len__', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.Tokens.age': ('world.html#tokens.age', 'atari_hrvq/world.py'),
+                                  'atari_hrvq.world.Tokens.stops': ('world.html#tokens.stops', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.Tokens.to': ('world.html#tokens.to', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.Tokens.windows': ('world.html#tokens.windows', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.WorldConfig': ('world.html#worldconfig', 'atari_hrvq/world.py'),

@@ -294,7 +294,7 @@ def real_returns(agent, data, gamma, n, since=None, seed=0, settled=300):
     what `agent` sees there, and the rewards from there to the end of the life (as `agent.paid` has them), discounted by `gamma`. Steps from which the life was followed for fewer than `settled` steps, and not to its end, are left out; None where no step is left."""
     agent.world.eval(); out, C = [], agent.context
     for g, d in data.items():
-        stop, at, start = d.done | F.pad(d.episode[1:] != d.episode[:-1], (0, 1), value=True), np.arange(len(d)), d.windows(C, alive=True)
+        stop, at, start = d.stops(), np.arange(len(d)), d.windows(C, alive=True)
         returns = torch.from_numpy(realised(agent.paid(g, d.rewards.numpy()), stop, gamma)).float()
         end = np.minimum.accumulate(np.where(stop, at, len(d))[::-1])[::-1]
         known = d.done.numpy()[end] | (end - at >= settled)

@@ -248,7 +248,7 @@ def what_if(agent, game, games=8, steps=400, every=5, depth=14, draws=4, follow=
     rows, generator = torch.arange(games).repeat_interleave(len(moves) * draws), torch.Generator().manual_seed(derive(seed, 'what if', game))
     envs = [make_env(game, protocol, stack=0) for _ in range(games)]
     twins = [make_env(game, protocol, stack=0) for _ in rows] if 'game' in ask else []
-    for twin in twins: twin.reset(seed=0)
+    for twin in twins: twin.reset()                                     # a seed would load the game a second time, and each gets the state of the game that it follows
     now, restart = [env.reset(seed=derive(seed, 'what if', game, i) % 2**31)[0] for i, env in enumerate(envs)], np.ones(games, bool)
     agent.start(game, games, derive(seed, 'what if', game, 'plays'))
     told, life, points, score, scores, lost = [], np.arange(games), 0., np.zeros(games), [], 0

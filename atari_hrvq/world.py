@@ -45,10 +45,13 @@ class Tokens:
         ended = np.concatenate([[0], np.cumsum(self.done.cpu().numpy())])
         return start[ended[start + length - 1] == ended[start]]
 
+    def stops(self):
+        "bool [N]: whether each step is the last of its life, of its episode or of all there is."
+        return torch.cat([self.done[:-1] | (self.episode[1:] != self.episode[:-1]), torch.ones_like(self.done[-1:])])
+
     def age(self):
         "int64 [N]: steps since the life, or the episode, of each began."
-        at, done, episode = np.arange(len(self)), self.done.cpu().numpy(), self.episode.cpu().numpy()
-        begins = np.concatenate([[True], done[:-1] | (episode[1:] != episode[:-1])])
+        at, begins = np.arange(len(self)), np.roll(self.stops().cpu().numpy(), 1)
         return at - np.maximum.accumulate(np.where(begins, at, 0))
 
 def evenly(rows, ages, cuts=(30, 60, 90, 120, 150, 180), least=100):

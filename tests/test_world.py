@@ -139,6 +139,7 @@ def test_age_counts_from_the_last_lost_life_or_first_frame():
     flags = lambda *at: torch.tensor([i in at for i in range(8)])
     t = Tokens(torch.zeros(8, 1, 2, dtype=torch.uint8), torch.zeros(8, dtype=torch.long), torch.zeros(8), flags(2), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]))
     assert t.age().tolist() == [0, 1, 2, 0, 1, 0, 1, 2]                                  # a life is lost with step 2, an episode begins at 5
+    assert t.stops().nonzero().flatten().tolist() == [2, 4, 7]
 
 
 def test_late_in_a_life_is_drawn_as_often_as_early():

@@ -294,12 +294,16 @@ def execute(root, folder, name, parameters, environment):
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, log, error = target.with_name(f'.{name}.running.ipynb'), folder / 'kernel.log', None
     try:
-        papermill.execute_notebook(str(source), str(partial), parameters, kernel_name='python3', progress_bar=False, cwd=str(root), autosave_cell_every=0, start_timeout=300,
-                                   kernel_manager_class=logged_kernel(log, environment))
-        os.replace(partial, target)
-    except PapermillExecutionError as e:
-        os.replace(partial, target); error = e
-    except DeadKernelError: raise StageFailed(f'{name}: its kernel died, which is mostly a lack of memory (the end of {log} may say more); run the same command again to go on') from None
+        for left in (2, 1, 0):
+            try: papermill.execute_notebook(str(source), str(partial), parameters, kernel_name='python3', progress_bar=False, cwd=str(root), autosave_cell_every=0, start_timeout=300,
+                                            kernel_manager_class=logged_kernel(log, environment))
+            except PapermillExecutionError as e: error = e
+            except DeadKernelError: raise StageFailed(f'{name}: its kernel died, which is mostly a lack of memory (the end of {log} may say more); run the same command again to go on') from None
+            except RuntimeError as e:                                    # it did not start: mostly another process took one of its ports before it could
+                if left: continue
+                raise StageFailed(f'{name}: no kernel started, tried three times ({e}; the end of {log} may say why); run the same command again to go on') from None
+            os.replace(partial, target)
+            break
     finally: partial.unlink(missing_ok=True)
     if error and error.ename == 'BookError': raise BookError(error.evalue)
     if error: raise StageFailed(f'{name} failed with {error.ename}: {(error.evalue.strip().splitlines() or [""])[-1]} (the executed notebook is {target})')

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -183,6 +184,22 @@ def test_what_a_chapter_can_do(body, tags, code, expected, tmp_path, capsys, mon
     err = capsys.readouterr().err.strip().splitlines()
     assert re.search(expected, err[-1]) and not any('Traceback' in line for line in err), err
     assert json.loads((tmp_path / 'r' / 'manifest.json').read_text())['stages']['01_frames']['state'] == 'failed'
+    assert not list((tmp_path / 'r' / 'notebooks').glob('.*'))
+
+
+@pytest.mark.parametrize('taken, code, expected', [(1, 0, '01_frames     done in'), (99, 1, '01_frames: no kernel started, tried three times .*died')])
+def test_a_kernel_whose_port_was_taken_is_started_again(taken, code, expected, tmp_path, capsys, monkeypatch):
+    "As by another chain that starts at the same moment."
+    from jupyter_client.connect import LocalPortCache
+    free, asked = LocalPortCache.find_available_port, []
+    monkeypatch.setattr(book, 'repo_root', lambda: small_book(tmp_path / 'book', WRITE.format(seed='seed')))
+    with socket.create_server(('127.0.0.1', 0)) as busy:
+        def port(self, ip): asked.append(ip); return busy.getsockname()[1] if len(asked) <= taken else free(self, ip)
+        monkeypatch.setattr(LocalPortCache, 'find_available_port', port)
+        assert cli.main(['run', '--run', str(tmp_path / 'r'), '--profile', 'smoke', '--games', 'pong', '--to', '01']) == code
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(asked) == (15 if code else 10) and re.search(expected, '\n'.join(err)) and not any('Traceback' in line for line in err), err
+    assert json.loads((tmp_path / 'r' / 'manifest.json').read_text())['stages']['01_frames']['state'] == ('failed' if code else 'done')
     assert not list((tmp_path / 'r' / 'notebooks').glob('.*'))
 
 

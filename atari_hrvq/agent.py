@@ -358,7 +358,7 @@ class LoopConfig:
     hot: float = .6           # share of a round's dreams that begin within 16 steps before a reward or an ending
     by_age: float = 0.        # share of windows and of dreams' starts that is drawn evenly over how long lives have lasted
     hidden: int = 256         # width of a fresh policy
-    mirror: bool = False      # Breakout and MsPacman are learned, and dreamt, as a mirror shows them too
+    mirror: bool = False      # games are learned, and dreamt, as a mirror shows them too (`MIRRORED`)
     imitate: int = 0          # newest steps a game on which, after a study, the policy learns to do through the new models what it did through the old (@eq-imitation)
     half: bool = False        # on a CPU the world model learns, and dreams, in bf16
     lr: float = 5e-4          # of PPO
@@ -383,7 +383,7 @@ def replay_frames(replay, games, size, newest=1, mirror=False):
             part = np.searchsorted(ends, at, 'right')
             for k in np.unique(part):
                 seen = np.asarray(parts[k].frames[np.sort(at[part == k]) - (ends[k] - len(parts[k]))])
-                if mirror and g in MIRRORED: seen = np.where(rng.random(len(seen))[:, None, None] < .5, seen[:, :, ::-1], seen)
+                if mirror and g in MIRRORED: seen = np.where(rng.random(len(seen))[:, None, None] < .5, MIRRORED[g](seen), seen)
                 frames.append(seen)
             game.append(np.full(n, games.index(g)))
         return torch.from_numpy(np.concatenate(frames))[:, None], torch.zeros(size, dtype=torch.long), torch.from_numpy(np.concatenate(game))

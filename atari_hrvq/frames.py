@@ -16,11 +16,11 @@ from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 from .core import BookError, GAMES, Stage, choices, derive, progress, require, rng_for, write_atomic
 
 # %% auto #0
-__all__ = ['PROTOCOLS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'SCREEN', 'KINDS', 'ARRAYS', 'MIRRORED', 'MIRROR', 'SPLITS', 'Protocol',
-           'rom_id', 'legal_actions', 'action_mask', 'LegalActions', 'GameInfo', 'make_env', 'make_vec_env',
-           'state_labels', 'screen_positions', 'episode_windows', 'Episodes', 'join_episodes', 'RandomPolicy',
-           'ReadingPolicy', 'collect', 'ReplayPolicy', 'regenerate', 'mirrored', 'frame_cache', 'store_episodes',
-           'load_stored', 'collect_split', 'load_episodes']
+__all__ = ['PROTOCOLS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'SCREEN', 'KINDS', 'ARRAYS', 'FIRST', 'LAST', 'BRIGHTER', 'MIRRORED',
+           'MIRROR', 'SPLITS', 'Protocol', 'rom_id', 'legal_actions', 'action_mask', 'LegalActions', 'GameInfo',
+           'make_env', 'make_vec_env', 'state_labels', 'screen_positions', 'episode_windows', 'Episodes',
+           'join_episodes', 'RandomPolicy', 'ReadingPolicy', 'collect', 'ReplayPolicy', 'regenerate', 'left_right',
+           'upside_down', 'mirrored', 'frame_cache', 'store_episodes', 'load_stored', 'collect_split', 'load_episodes']
 
 # %% ../nbs/01_frames.ipynb #protocol
 @dataclass(frozen=True)
@@ -327,15 +327,24 @@ def regenerate(game, protocol, seeds, actions, episode, *, workers=1, frames=Non
     return Episodes(game, protocol, seeds=_run_shards(shards, out, workers or os.cpu_count(), f'replaying {game}'), **out)
 
 # %% ../nbs/01_frames.ipynb #mirror
-MIRRORED = ('breakout', 'ms_pacman')                    # games in which left and right could change places
+FIRST, LAST, BRIGHTER = 13, 77, 29                      # the rows of Pong's field that are part wall, and how much more wall is in the first
+def left_right(frames): return frames[..., ::-1]
+def upside_down(frames):
+    "Pong's field upside down in uint8 [..., 84, 84], the score above it as it is."
+    out, (first, last) = np.array(frames), (np.asarray(frames[..., row, :], np.int16) for row in (FIRST, LAST))
+    out[..., FIRST + 1:LAST, :] = frames[..., LAST - 1:FIRST:-1, :]
+    out[..., FIRST, :], out[..., LAST, :] = (x.clip(0, 236) for x in (last + BRIGHTER, first - BRIGHTER))      # nothing is brighter than the wall
+    return out
+
+MIRRORED = {'pong': upside_down, 'breakout': left_right, 'ms_pacman': left_right}       # the games that have a mirror, and how it shows frames
 _swap = str.maketrans('<>', '><')
 _names = [a.name.replace('LEFT', '<').replace('RIGHT', '>') for a in ale_py.Action]
-MIRROR = tuple(_names.index(name.translate(_swap)) for name in _names)      # the action of each action in the mirror
+MIRROR = tuple(_names.index(name.translate(_swap)) for name in _names)      # the action of each action in the mirror: in Pong, right is up and left is down
 
 def mirrored(episodes):
-    "An `Episodes` as a mirror shows it: the columns of its frames and the left and right of its actions have changed places. Its RAM has not."
-    require(episodes.game in MIRRORED, f'a mirror shows another game than {episodes.game}: left and right can change places in {" and ".join(MIRRORED)}')
-    return replace(episodes, frames=np.ascontiguousarray(np.asarray(episodes.frames)[:, :, ::-1]), actions=np.array(MIRROR)[episodes.actions])
+    "An `Episodes` as a mirror shows it (`MIRRORED`): its frames turned, the left and right of its actions changed. Its RAM has not."
+    require(episodes.game in MIRRORED, f'no mirror is known for {episodes.game}: there is one for {", ".join(MIRRORED)}')
+    return replace(episodes, frames=np.ascontiguousarray(MIRRORED[episodes.game](np.asarray(episodes.frames))), actions=np.array(MIRROR)[episodes.actions])
 
 # %% ../nbs/01_frames.ipynb #store
 def frame_cache(stage, name, steps):

@@ -106,21 +106,20 @@ def test_half_of_the_frames_are_new(parts):
 
 
 def test_a_mirror_shows_a_half_of_the_frames_and_doubles_what_is_learned_from(parts, tmp_path):
-    "Where left could be right, and nowhere else; what was seen comes behind its mirror picture, so that the newest steps are still the last."
+    "Where a game has a mirror; what was seen comes behind its mirror picture, so that the newest steps are still the last."
     agent, replay = fresh(parts)[0], {g: [head(parts[1][g], 60), parts[1][g]] for g in GAMES}
     for g in GAMES:
         e = replay[g][1]
         frames = replay_frames({g: [e]}, GAMES, 60, mirror=True)(np.random.default_rng(0))[0].numpy()[:, 0]
-        here, there = (np.array([any(np.array_equal(f, x) for x in seen) for f in frames]) for seen in (e.frames, e.frames[:, :, ::-1]))
-        assert (here | there).all() and (there & ~here).any() == (g in MIRRORED) and here.any()
+        here, there = (np.array([any(np.array_equal(f, x) for x in seen) for f in frames]) for seen in (e.frames, MIRRORED[g](e.frames)))
+        assert (here | there).all() and (there & ~here).any() and here.any()
     stage = Stage('10_agent', tmp_path, 'smoke', GAMES, 0)
     c = replace(LOOP, world_steps=0, begin_world=0, tokenizer_steps=0, mirror=True)
     data, recent = study(stage, agent, replay, c, 1)
     for g, d in data.items():
-        twice = 1 + (g in MIRRORED)
-        assert len(d) == 150 * twice and recent[g] == 60 * twice
+        assert len(d) == 300 and recent[g] == 120
         assert torch.equal(d.codes[-90:], tokenise(agent.tokenizer, replay[g][1]).codes) and torch.equal(d.actions[-90:], torch.from_numpy(replay[g][1].actions))
-        if g in MIRRORED: assert torch.equal(d.actions[recent[g]:recent[g] + 90], torch.tensor(MIRROR)[d.actions[-90:]]) and torch.equal(d.codes[recent[g]:recent[g] + 90], tokenise(agent.tokenizer, mirrored(replay[g][1])).codes)
+        assert torch.equal(d.actions[recent[g]:recent[g] + 90], torch.tensor(MIRROR)[d.actions[-90:]]) and torch.equal(d.codes[recent[g]:recent[g] + 90], tokenise(agent.tokenizer, mirrored(replay[g][1])).codes)
 
 
 def test_after_a_study_the_policy_does_what_it_did(parts, tmp_path, monkeypatch):
@@ -130,8 +129,8 @@ def test_after_a_study_the_policy_does_what_it_did(parts, tmp_path, monkeypatch)
     for p in agent.world.parameters(): p.data += .05 * torch.randn_like(p)
     stage = Stage('10_agent', tmp_path, 'smoke', GAMES, 0)
     rows = both_see(agent, old, replay, 50, mirror=True)
-    assert [len(x) for x in rows] == 5 * [150]                          # Pong, Breakout, Breakout in the mirror
-    assert torch.equal(rows[2][100:], rows[2][50:100][:, torch.tensor(MIRROR)]) and torch.equal(rows[3][100:], rows[3][50:100]) and not torch.equal(rows[0][100:], rows[0][50:100])                       # what to do in the mirror is the other way round
+    assert [len(x) for x in rows] == 5 * [200]                          # Pong, Pong in the mirror, Breakout, Breakout in the mirror
+    assert torch.equal(rows[2][150:], rows[2][100:150][:, torch.tensor(MIRROR)]) and torch.equal(rows[3][150:], rows[3][100:150]) and not torch.equal(rows[0][150:], rows[0][100:150])                       # what to do in the mirror is the other way round
     away = lambda: Imitation(agent.policy).loss(rows[0].float(), *rows[1:])[1]['away'].item()
     before = away(); imitate(stage, agent, old, replay, 50, 'again', True, epochs=60, batch=64)
     assert away() < .5 * before

@@ -442,7 +442,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         for g, e in ({} if last else play(agent, list(replay), c.envs, c.real_steps // c.envs, derive(stage.seed, 'round', r), desc=f'round {r}: playing')).items():
             store_episodes(stage, f'{name}-replay-{g}-{r}', e)
             row[f'real_reward_{g}'], row[f'score_{g}'] = float(np.sign(e.rewards).mean()), score_of_play(e)
-            row.update({f'{k}_{g}': v for k, v in known_before(agent, e, c.window, stage.seed).items()})
+            row.update({f'{k}_{g}': v for k, v in known_before(agent, e, c.window, stage.seed, c.foresight).items()})
             replay[g].append(e)
         history.append(row); tell(row)
         save_checkpoint(path(r), marks[r], {'tokenizer': agent.tokenizer.state_dict(), 'world': agent.world.state_dict(), 'ppo': ppo.state(learning=not last), 'history': history, 'curves': curves})
@@ -450,15 +450,15 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     agent.real_steps = history[-1]['real_steps']
     return history, curves
 
-def known_before(agent, episodes, window, seed=0):
-    "What tokenizer and world model make of `episodes` that neither has learned from yet: accuracy on changed level-0 tokens; the share of balls that the codes keep; how well dreams tell a loss at the paddle from a hit (@eq-told-apart) and how much more they charge for it (@eq-told-more)."
+def known_before(agent, episodes, window, seed=0, foresight=True):
+    "What tokenizer and world model make of `episodes` that neither has learned from yet: accuracy on changed level-0 tokens; the share of balls that the codes keep; how well dreams, which pay with `foresight` or without, tell a loss at the paddle from a hit (@eq-told-apart) and how much more they charge for it (@eq-told-more)."
     tokens, game = tokenise(agent.tokenizer, episodes), agent.games.index(episodes.game)
     out = {'changed': token_accuracy(agent.world, tokens, game, window, 64, seed)['changed_0']}
     if episodes.game in BALL_BOX:
         at = np.sort(rng_for(seed, 'balls').choice(len(episodes), min(1000, len(episodes)), replace=False))
         real = agent.tokenizer.background(torch.from_numpy(episodes.frames[at][:, None]).to(agent.device), torch.full((len(at),), game, device=agent.device))[0][:, 0]
         drawn = agent.tokenizer.decode_foreground(tokens.codes[at].to(agent.device), game=torch.full((len(at),), game, device=agent.device))
-        told = losses_told(agent.world, tokens, *meetings(episodes), game, agent.context, early=3, seed=seed)
+        told = losses_told(agent.world, tokens, *meetings(episodes), game, agent.context, early=3, seed=seed, foresight=foresight)
         out['told_apart'], of = told_apart(*told), told_of(*told)
         out['told_more'] = of and of[0] - of[1]
         out['ball_recall'] = ball_recall(real, drawn, BALL_BOX[episodes.game])[0]

@@ -94,6 +94,14 @@ def test_the_tokenizer_learns_and_the_others_follow(parts, whole):
     assert torch.allclose(agent.world.heads.codebook * agent.world.scale, books, atol=1e-6)
 
 
+@pytest.mark.parametrize('foresight', [True, False])
+def test_what_is_known_of_fresh_play_is_asked_as_the_dreams_pay(foresight, parts, tmp_path, monkeypatch):
+    agent, ppo, _ = fresh(parts); asked = []
+    monkeypatch.setattr(module, 'losses_told', lambda *a, **k: asked.append(k['foresight']) or (torch.tensor([.6, .2, .1]), np.array([True, False, False])))
+    history, _ = learn(Stage('10_agent', tmp_path, 'smoke', GAMES, 0), agent, ppo, {g: [e] for g, e in parts[1].items()}, replace(LOOP, rounds=1, foresight=foresight))
+    assert asked == len(asked) * [foresight] and asked and history[0]['told_apart_pong'] == 1 and np.isclose(history[0]['told_more_pong'], .45)
+
+
 def test_half_of_the_frames_are_new(parts):
     a, b = parts[1]['pong'], parts[1]['breakout']
     old, new = head(a, 60), head(b, 20)

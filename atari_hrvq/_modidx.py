@@ -470,6 +470,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                    'atari_hrvq.frames.GameInfo.__init__': ('frames.html#gameinfo.__init__', 'atari_hrvq/frames.py'),
                                    'atari_hrvq.frames.GameInfo._go_on': ('frames.html#gameinfo._go_on', 'atari_hrvq/frames.py'),
                                    'atari_hrvq.frames.GameInfo._info': ('frames.html#gameinfo._info', 'atari_hrvq/frames.py'),
+                                   'atari_hrvq.frames.GameInfo.close': ('frames.html#gameinfo.close', 'atari_hrvq/frames.py'),
                                    'atari_hrvq.frames.GameInfo.reset': ('frames.html#gameinfo.reset', 'atari_hrvq/frames.py'),
                                    'atari_hrvq.frames.GameInfo.step': ('frames.html#gameinfo.step', 'atari_hrvq/frames.py'),
                                    'atari_hrvq.frames.LegalActions': ('frames.html#legalactions', 'atari_hrvq/frames.py'),

@@ -9,7 +9,6 @@ import joblib
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import trim_mean
 from .core import GAMES, Stage, bootstrap_mean, choices, derive, progress, require, rng_for, write_atomic
 from .dream import observe
 from .frames import LEGAL, action_mask, legal_actions, make_env
@@ -30,7 +29,10 @@ def human_normalised(game, score):
     return (score - RANDOM_SCORE[game]) / (HUMAN_SCORE[game] - RANDOM_SCORE[game])
 
 # %% ../nbs/11_evaluate.ipynb #bootstrap
-def iqm(x, axis=None): return trim_mean(np.asarray(x, float), .25, axis=axis)
+def iqm(x, axis=None):
+    "Mean of the middle half of `x`, along `axis` (None: of all)."
+    from scipy.stats import trim_mean
+    return trim_mean(np.asarray(x, float), .25, axis=axis)
 
 def bootstrap_interval(scores, statistic=np.mean, draws=2000, level=.95, seed=0):
     """`(value, lo, hi)` of `statistic` over all scores; `scores`: {game: normalised scores of its episodes}. Episodes are resampled within each game.
@@ -184,20 +186,23 @@ def record_video(agent, game, path, seed=0, steps=300, scale=2, every=2, greedy=
 
 # %% ../nbs/11_evaluate.ipynb #what-if
 class _Twins:
-    "The real games that an agent plays, each several times over, from where they are: `rows` int64 [N] says which."
-    def __init__(self, agent, envs, twins, rows, game):
-        self.twins, self.game, self.lives = twins, game, np.ones(len(rows), bool)
+    "The real games that an agent plays, each several times over, from where they are: `rows` int64 [N] says which. One emulator, `twin`, plays them all, step by step in turn."
+    def __init__(self, agent, envs, twin, rows, game):
+        self.twin, self.game, self.lives = twin, game, np.ones(len(rows), bool)
         self.agent = copy.copy(agent)
         for k in ('codes', 'actions', 'game', 'mask', 'heat'): setattr(self.agent, k, getattr(agent, k)[rows])
-        states = [env.unwrapped.clone_state(include_rng=True) for env in envs]
-        for twin, i in zip(twins, rows.tolist(), strict=True): twin.unwrapped.restore_state(states[i]); twin.lives, twin.over = envs[i].lives, False
+        states = [(env.unwrapped.clone_state(include_rng=True), env.lives) for env in envs]
+        self.states = [states[i] for i in rows.tolist()]
         self.opinion = self.agent.opinion
 
     def step(self, actions):
         "(what is paid, whether the life ends, whether a life or a point is lost): float [N] each."
         frames, paid, ends, lost = np.zeros((len(actions), 84, 84), np.uint8), *np.zeros((3, len(actions)), np.float32)
         for i in np.flatnonzero(self.lives):
-            frames[i], reward, terminated, _, info = self.twins[i].step(int(actions[i]))
+            state, self.twin.lives = self.states[i]
+            self.twin.unwrapped.restore_state(state)
+            frames[i], reward, terminated, _, info = self.twin.step(int(actions[i]))
+            self.states[i] = self.twin.unwrapped.clone_state(include_rng=True), self.twin.lives
             paid[i], ends[i] = self.agent.paid(self.game, reward), info['life_lost'] or terminated
             lost[i] = ends[i] or reward < 0
         self.lives &= ends == 0
@@ -247,8 +252,8 @@ def what_if(agent, game, games=8, steps=400, every=5, depth=14, draws=4, follow=
     moves, gamma = torch.tensor(legal_actions(game)), PPOConfig().gamma
     rows, generator = torch.arange(games).repeat_interleave(len(moves) * draws), torch.Generator().manual_seed(derive(seed, 'what if', game))
     envs = [make_env(game, protocol, stack=0) for _ in range(games)]
-    twins = [make_env(game, protocol, stack=0) for _ in rows] if 'game' in ask else []
-    for twin in twins: twin.reset()                                     # a seed would load the game a second time, and each gets the state of the game that it follows
+    twin = make_env(game, protocol, stack=0)
+    twin.reset()
     now, restart = [env.reset(seed=derive(seed, 'what if', game, i) % 2**31)[0] for i, env in enumerate(envs)], np.ones(games, bool)
     agent.start(game, games, derive(seed, 'what if', game, 'plays'))
     told, life, points, score, scores, lost = [], np.arange(games), 0., np.zeros(games), [], 0
@@ -259,7 +264,7 @@ def what_if(agent, game, games=8, steps=400, every=5, depth=14, draws=4, follow=
             p = agent.opinion()[0].float().softmax(-1)[:, moves]
             row = {'policy': p.numpy(), 'life': life.copy()}
             for k in ask:
-                world = _Twins(agent, envs, twins, rows, game) if k == 'game' else _Dreamt(agent, rows, game, generator)
+                world = _Twins(agent, envs, twin, rows, game) if k == 'game' else _Dreamt(agent, rows, game, generator)
                 row[f'q_{k}'], row[f'lost_{k}'] = _futures(world, moves, games, draws, depth, gamma, generator)
             if follow: agent.previous = moves[(p.log() + beta * torch.from_numpy(row[f'q_{follow}'])).argmax(-1)]
             told.append(row)
@@ -270,7 +275,7 @@ def what_if(agent, game, games=8, steps=400, every=5, depth=14, draws=4, follow=
             if terminated or truncated:
                 scores.append(float(score[i])); score[i] = 0.
                 now[i], restart[i] = env.reset(seed=derive(seed, 'what if', game, i, t) % 2**31)[0], True
-    for env in (*envs, *twins): env.close()
+    for env in (*envs, twin): env.close()
     return {**{k: np.concatenate([row[k] for row in told]) for k in (told[0] if told else ())}, 'points': points / games / steps, 'lives': lost / games / steps, 'scores': scores}
 
 def decisive(told, least=.5, draws=1000, seed=0):

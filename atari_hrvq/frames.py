@@ -12,13 +12,13 @@ import joblib, psutil
 import numpy as np
 import torch
 from ale_py import roms
-from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, OrderEnforcing
 from .core import BookError, GAMES, Stage, choices, derive, progress, require, rng_for, write_atomic
 
 # %% auto #0
-__all__ = ['PROTOCOLS', 'LEGAL', 'ACTIONS', 'POSITIONS', 'SCREEN', 'KINDS', 'ARRAYS', 'FIRST', 'LAST', 'BRIGHTER', 'MIRRORED',
-           'MIRROR', 'SPLITS', 'Protocol', 'rom_id', 'legal_actions', 'action_mask', 'LegalActions', 'GameInfo',
-           'make_env', 'make_vec_env', 'state_labels', 'screen_positions', 'episode_windows', 'Episodes',
+__all__ = ['PROTOCOLS', 'LEGAL', 'ACTIONS', 'CONSOLES', 'POSITIONS', 'SCREEN', 'KINDS', 'ARRAYS', 'FIRST', 'LAST', 'BRIGHTER',
+           'MIRRORED', 'MIRROR', 'SPLITS', 'Protocol', 'rom_id', 'legal_actions', 'action_mask', 'LegalActions',
+           'GameInfo', 'make_env', 'make_vec_env', 'state_labels', 'screen_positions', 'episode_windows', 'Episodes',
            'join_episodes', 'RandomPolicy', 'ReadingPolicy', 'collect', 'ReplayPolicy', 'regenerate', 'left_right',
            'upside_down', 'mirrored', 'frame_cache', 'store_episodes', 'load_stored', 'collect_split', 'load_episodes']
 
@@ -67,17 +67,19 @@ class LegalActions(gym.spaces.Discrete):
         return int(action)
 
 class GameInfo(gym.Wrapper, gym.utils.RecordConstructorArgs):
-    "Checks actions against the game's mask and adds `action_mask`, `lives`, `life_lost` and (with `ram`) `ram` uint8 [128] to info."
-    def __init__(self, env, game, ram=False, life_loss_ends=False):
+    "Checks actions against the game's mask and adds `action_mask`, `lives`, `life_lost` and (with `ram`) `ram` uint8 [128] to info. `close` gives the console to the list `idle`."
+    def __init__(self, env, game, ram=False, life_loss_ends=False, idle=None):
         gym.utils.RecordConstructorArgs.__init__(self, game=game, ram=ram, life_loss_ends=life_loss_ends)
         gym.Wrapper.__init__(self, env)
         self.game, self.with_ram, self.life_loss_ends = game, ram, life_loss_ends
         self.action_space, self.mask, self.lives, self.over = LegalActions(game), action_mask(game), 0, True
+        self.idle, self.closed = idle, False
     def _info(self, info, life_lost):
         info = {'action_mask': self.mask.copy(), 'lives': self.lives, 'life_lost': life_lost}
         if self.with_ram: info['ram'] = self.unwrapped.ale.getRAM().copy()
         return info
     def reset(self, **kwargs):
+        require(not self.closed, 'this environment was closed: make another')
         if self.life_loss_ends and not self.over and kwargs.get('seed') is None: return self._go_on()
         obs, info = self.env.reset(**kwargs)
         self.lives, self.over = self.unwrapped.ale.lives(), False
@@ -90,27 +92,41 @@ class GameInfo(gym.Wrapper, gym.utils.RecordConstructorArgs):
             return self.reset()
         return obs, self._info(info, False)
     def step(self, action):
+        require(not self.closed, 'this environment was closed: make another')
         obs, reward, terminated, truncated, info = self.env.step(self.action_space.check(action))
         lives = self.unwrapped.ale.lives()
         life_lost, self.lives, self.over = lives < self.lives, lives, terminated or truncated
         return obs, float(reward), terminated or (self.life_loss_ends and life_lost), truncated, self._info(info, life_lost)
+    def close(self):
+        if self.idle is not None and not self.closed: self.idle.append(self.unwrapped)
+        self.closed = True
 
 # %% ../nbs/01_frames.ipynb #make
+CONSOLES = {}   # (game, protocol): ale-py's environments whose wrappers were closed, for the next to use
+
 def make_env(game, protocol='atari100k', stack=4, ram=False, life_loss_ends=False):
     """One game. Observations uint8 [stack, 84, 84] (uint8 [84, 84] for `stack=0`), actions Discrete(18) with
     `info['action_mask']`, rewards unclipped, `terminated` at the end of the game (or of a life with `life_loss_ends`).
 
-    `reset(seed=s)` loads the ROM afresh (a tenth of a second); `reset()` goes on with the emulator's state, deterministically."""
+    `reset(seed=s)` begins with the console as it is after a loaded ROM; `reset()` goes on with the emulator's state, deterministically.
+    Close what is not needed: a ROM that is loaded need not be loaded again."""
     name = rom_id(game); choices('protocol', protocol, PROTOCOLS)
     p = PROTOCOLS[protocol]
     cv2.setNumThreads(1)
     gym.register_envs(ale_py)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    env = gym.make(name, frameskip=1, repeat_action_probability=p.sticky, full_action_space=True, obs_type='grayscale',
-                   max_num_frames_per_episode=p.max_frames, disable_env_checker=True)
-    blank = np.zeros(env.observation_space.shape, np.uint8); env.unwrapped._get_obs = lambda: blank             # AtariPreprocessing reads the screen itself; four pictures a step that nobody sees cost an eighth of the time
+    idle = None if p.sticky else CONSOLES.setdefault((game, p), [])
+    if idle:
+        env = OrderEnforcing(idle.pop())
+        env.unwrapped.load_game()
+    else:
+        env = gym.make(name, frameskip=1, repeat_action_probability=p.sticky, full_action_space=True, obs_type='grayscale',
+                       max_num_frames_per_episode=p.max_frames, disable_env_checker=True)
+        atari, blank = env.unwrapped, np.zeros(env.observation_space.shape, np.uint8)
+        atari._get_obs = lambda: blank                                      # AtariPreprocessing reads the screen itself; four pictures a step that nobody sees cost an eighth of the time
+        if not p.sticky: loaded = atari.ale.cloneState(); atari.load_game = lambda: atari.ale.restoreState(loaded)      # no chance is left in the emulator, whose state after a load is the same whatever its seed
     env = AtariPreprocessing(env, noop_max=p.noop_max, frame_skip=p.frame_skip, screen_size=84, terminal_on_life_loss=False, grayscale_obs=True)
-    env = GameInfo(env, game, ram, life_loss_ends)
+    env = GameInfo(env, game, ram, life_loss_ends, idle)
     return FrameStackObservation(env, stack) if stack else env
 
 def make_vec_env(game, n, protocol='atari100k', life_loss_ends=False):

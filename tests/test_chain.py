@@ -437,9 +437,9 @@ def test_keys_of_this_book(tmp_path):
 
 def test_plain_papermill_names_what_is_missing_or_unknown(tmp_path):
     call = lambda notebook, *more: subprocess.run([BIN / 'papermill', f'nbs/{notebook}.ipynb', tmp_path / 'out.ipynb', '-p', 'run', tmp_path / 'r', *more], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    done = call('01_frames', '-p', 'stpes', '3')
-    assert done.returncode and "unknown parameter of 01_frames 'stpes'" in done.stderr and not (tmp_path / 'r').exists()
-    done = call('05_shared')
+    done = call('08_dream', '-p', 'stpes', '3')
+    assert done.returncode and "unknown parameter of 08_dream 'stpes'" in done.stderr and not (tmp_path / 'r').exists()
+    done = call('07_world')
     assert done.returncode and 'run chapter 04_hrvq first' in done.stderr
 
 

@@ -118,12 +118,12 @@ class Twin:
 
 
 def test_twins_go_on_where_their_game_is_and_leave_it_alone():
-    envs, twins = ([make_env('breakout', stack=0) for _ in range(n)] for n in (2, 4))
+    *envs, twin = (make_env('breakout', stack=0) for _ in range(3))
     for i, env in enumerate(envs):
         env.reset(seed=i)
         for t in range(30 + 20 * i): env.step(1 if t % 9 == 0 else 3)
-    for twin in twins: twin.reset(seed=9)
-    world = module._Twins(Twin(2), envs, twins, torch.tensor([0, 0, 1, 1]), 'breakout')
+    twin.reset(seed=9)
+    world = module._Twins(Twin(2), envs, twin, torch.tensor([0, 0, 1, 1]), 'breakout')
     moves = [torch.tensor(x) for x in ([3, 4, 3, 4], [1, 1, 1, 1], *[[0, 4, 0, 4]] * 60)]
     told = [world.step(a) for a in moves]
     for row, env in ((0, envs[0]), (2, envs[1])):                       # the games themselves, which nobody touched, now do the same

@@ -1,9 +1,10 @@
 """frames: the same pictures everywhere, labels that follow the screen, protocols that are what they say."""
+import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 from atari_hrvq.core import BookError, GAMES, Stage
-from atari_hrvq.frames import (LEGAL, RandomPolicy, ReadingPolicy, collect, frame_cache, join_episodes, legal_actions, load_episodes, load_stored, make_env,
+from atari_hrvq.frames import (CONSOLES, LEGAL, PROTOCOLS, RandomPolicy, ReadingPolicy, collect, frame_cache, join_episodes, legal_actions, load_episodes, load_stored, make_env,
                                make_vec_env, regenerate, screen_positions, state_labels, store_episodes)
 
 
@@ -147,3 +148,19 @@ def test_positions_on_the_screen_are_where_the_sprites_are():
     (lambda: state_labels('pong', np.zeros((2, 64), np.uint8)), 'RAM must have shape')])
 def test_bad_input(call, message):
     with pytest.raises(BookError, match=message): call()
+
+
+def test_a_closed_environment_leaves_its_console_and_serves_no_more():
+    loads, twice = CONSOLES.setdefault(('breakout', PROTOCOLS['atari100k']), []), make_env('breakout')
+    first, _ = twice.reset(seed=4); [twice.step(3) for _ in range(9)]
+    console = twice.unwrapped
+    twice.close(); twice.close()
+    assert sum(c is console for c in loads) == 1                              # given back once, however often it is closed
+    for use in (lambda: twice.reset(seed=4), lambda: twice.step(0)):
+        with pytest.raises(BookError, match='this environment was closed: make another'): use()
+    other = make_env('breakout')
+    assert other.unwrapped is console and not any(c is console for c in loads) and make_env('breakout').unwrapped is not console
+    with pytest.raises(gym.error.ResetNeeded): other.step(0)                 # and begins as a new one
+    assert (other.reset(seed=4)[0] == first).all()
+    sticky = make_env('breakout', 'sticky'); sticky.close()
+    assert make_env('breakout', 'sticky').unwrapped is not sticky.unwrapped  # chance in the emulator: a new one each time

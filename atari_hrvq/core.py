@@ -76,7 +76,7 @@ def best_device():
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         return torch.device('cuda')
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode('error')                         # the flag of use_deterministic_algorithms, which loads torch's compiler too
     return torch.device('cpu')
 
 def lacks_bf16():

@@ -151,15 +151,15 @@ def test_bad_input(call, message):
 
 
 def test_a_closed_environment_leaves_its_console_and_serves_no_more():
-    loads, twice = CONSOLES.setdefault(('breakout', PROTOCOLS['atari100k']), []), make_env('breakout')
+    idle, twice = CONSOLES.setdefault(('breakout', PROTOCOLS['atari100k']), []), make_env('breakout')
     first, _ = twice.reset(seed=4); [twice.step(3) for _ in range(9)]
     console = twice.unwrapped
     twice.close(); twice.close()
-    assert sum(c is console for c in loads) == 1                              # given back once, however often it is closed
+    assert sum(c is console for c in idle) == 1                              # given back once, however often it is closed
     for use in (lambda: twice.reset(seed=4), lambda: twice.step(0)):
         with pytest.raises(BookError, match='this environment was closed: make another'): use()
     other = make_env('breakout')
-    assert other.unwrapped is console and not any(c is console for c in loads) and make_env('breakout').unwrapped is not console
+    assert other.unwrapped is console and not any(c is console for c in idle) and make_env('breakout').unwrapped is not console
     with pytest.raises(gym.error.ResetNeeded): other.step(0)                 # and begins as a new one
     assert (other.reset(seed=4)[0] == first).all()
     sticky = make_env('breakout', 'sticky'); sticky.close()

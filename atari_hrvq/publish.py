@@ -556,9 +556,11 @@ def say_undrawn(books, raw):
     kept, made = label_numbers(books), label_numbers(raw)
     words = {'fig': 'a figure that this run did not draw', 'tbl': 'a table that this run did not make'}
     say = lambda m: words[m[1]] if m[2] in made and m[2] not in kept else m[0]
+    reference = r'(?<![\w.])@(?=(fig|tbl)-)((?:fig|tbl)-[\w-]*\w)'
     for b in books.values():
         for c in b['cells']:
-            if c['cell_type'] == 'markdown': c['source'] = in_prose(c['source'], r'(?<![\w.])@(?=(fig|tbl)-)((?:fig|tbl)-[\w-]*\w)', say)
+            if c['cell_type'] == 'markdown': c['source'] = in_prose(c['source'], reference, say)
+            else: c['source'] = re.sub(r'^#\| (?:fig|tbl)-cap:.*$', lambda m: re.sub(reference, say, m[0]), ''.join(c['source']), flags=re.M)
 
 # %% ../nbs/92_publish.ipynb #markdown
 def slug(text):
@@ -595,7 +597,7 @@ CELL_TEMPLATE = """{%- extends 'classic/base.html.j2' -%}
 {% block input_group %}{% set page = cell.metadata.get('page', {}) %}{% if page.get('echo', True) %}
 <details class="code"{% if not page.get('closed') %} open{% endif %}><summary>{{ page.get('summary', 'Code') | escape_html }}</summary>{{ super() }}</details>{% endif %}{% endblock input_group %}
 {% block output_group %}{% set page = cell.metadata.get('page', {}) %}{% if page.get('output', True) %}
-<figure{% if page.get('label') %} id="{{ page.label }}"{% endif %}>{{ super() }}{% if page.get('caption') %}<figcaption>{{ page.caption | escape_html }}</figcaption>{% endif %}</figure>{% endif %}{% endblock output_group %}
+<figure{% if page.get('label') %} id="{{ page.label }}"{% endif %}>{{ super() }}{% if page.get('caption') %}<figcaption>{{ page.caption }}</figcaption>{% endif %}</figure>{% endif %}{% endblock output_group %}
 """
 
 def page_body(book, stem, labels, entries):
@@ -610,13 +612,16 @@ def page_body(book, stem, labels, entries):
         if c.cell_type != 'code': continue
         o, c.source = cell_options(c.source)
         caption, label = o.get('fig-cap', o.get('tbl-cap', '')), o.get('label', '')
+        if isinstance(caption, list): caption = ' '.join(caption)
         if label in labels: caption = f'{labels[label][1]}: {caption}'
+        caption = MarkdownWithMath(renderer=renderer).render(translate(caption, stem, labels, entries)).strip().removeprefix('<p>').removesuffix('</p>')
+        alt = re.sub(r'(?<![\w.])@((?:fig|tbl|eq|sec)-[\w-]*\w)', lambda m: labels.get(m[1], (stem, m[0]))[1], o.get('fig-alt', ''))
         include = o.get('include', True)
         c.metadata['page'] = {'closed': o.get('code-fold') is True, 'summary': o.get('code-summary', 'Code'), 'echo': include and o.get('echo', True), 'output': include and o.get('output', True) is not False, 'label': label, 'caption': caption}
         for out in c.outputs:
             for k in ('data', 'text'):
                 if k in out: out[k] = {m: ''.join(v) if isinstance(v, list) else v for m, v in out[k].items()} if k == 'data' else ''.join(out[k])
-            if 'data' in out: out['metadata'] = {m: {'alt': o['fig-alt']} for m in out['data'] if m.startswith('image/') and 'fig-alt' in o}
+            if 'data' in out: out['metadata'] = {m: {'alt': alt} for m in out['data'] if m.startswith('image/') and 'fig-alt' in o}
     exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.raw_template = CELL_TEMPLATE
     exporter.register_filter('markdown2html', lambda text: MarkdownWithMath(renderer=renderer).render(text))

@@ -37,7 +37,7 @@ def frames(outputs=True, extra=''):
         md('# Frames\n\n> What is seen.\n\nSee @oe2019dots, [@oe2019dots], @fig-dot and [the tools](00_core.ipynb#the-tools). `fit` trains: $a_t < b$.' + extra, 'title'),
         code(f'{MARK} default_exp frames', 'exp'), code(f'{MARK} export\nimport json', 'imports'),
         md('## The picture\n\nIt is dark. A dot is in the middle.', 'picture-md'),
-        code(f'{MARK} label: fig-dot\n{MARK} fig-cap: "A dot."\nplot()', 'picture', done(show(image_png=DOT), v4.new_output('stream', name='stderr', text='noise'))),
+        code(f'{MARK} label: fig-dot\n{MARK} fig-cap: "A dot, as @fig-dot has *it*."\nplot()', 'picture', done(show(image_png=DOT), v4.new_output('stream', name='stderr', text='noise'))),
         code('plot(again)', 'again', done(v4.new_output('execute_result', {'image/png': DOT}, execution_count=None))),
         code('run = "runs/smoke"', 'parameters', tags=['parameters']), code('# Parameters\nrun = "/some/machine/runs/mine"', 'injected', tags=['injected-parameters']),
         code('print(run)', 'where', done(v4.new_output('stream', name='stdout', text='/some/machine/runs/mine/x'))),
@@ -87,7 +87,7 @@ def test_pages_without_quarto(book, tmp_path, no_quarto, capsys, monkeypatch):
     page = (out / '01_frames.html').read_text()
     for absent in (MARK, ':::', 'default_exp', 'noise', '/some/machine', 'widget-view', 'secret', '@oe2019', '@fig', '@eq', '{#'): assert absent not in page, absent
     for present in ('<h1 id="frames">Frames</h1>', 'references.html#ref-oe2019dots">van Oe et al. (2019)</a>', '(<a href="references.html#ref-oe2019dots">van Oe et al. 2019</a>)',
-                    '00_core.html#the-tools', 'api.html#core-fit"><code>fit</code></a>', '<math', 'alt="A dot."', 'id="fig-dot"', '<figcaption>Figure 1.1: A dot.</figcaption>', '#fig-dot">Figure 1.1</a>',
+                    '00_core.html#the-tools', 'api.html#core-fit"><code>fit</code></a>', '<math', 'alt="A dot, as Figure 1.1 has it."', 'id="fig-dot"', '<figcaption>Figure 1.1: A dot, as <a href="01_frames.html#fig-dot">Figure 1.1</a> has <em>it</em>.</figcaption>', '#fig-dot">Figure 1.1</a>',
                     'alt="Figure in the section on The picture. A dot is in the middle."', '<summary>Imports</summary>', '<summary>Parameters of the run</summary>', 'runs/mine/x',
                     '<b id="twin">twin</b>', '<summary>Solution</summary>', '#eq-sum">Equation 1.1</a>', 'rel="prev"', 'rel="next"', 'Apache-2.0', 'aria-current=page', 'id="at-where"',
                     '<div id="found" role="region" aria-label="Search results" aria-live="polite" hidden>'):

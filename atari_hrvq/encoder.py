@@ -308,7 +308,7 @@ def fit_probe(x, labels, present=None, kind='ridge', seed=0, steps=2_000):
     prepare = lambda q: ((q - mean) / scale).clip(-8, 8).astype(np.float32)              # a pixel that was constant in training must not be a surprise of a thousand sigma
     x, y = prepare(x), ((labels - ym) / ys).astype(np.float32)
     if kind == 'ridge':
-        from sklearn.linear_model import RidgeCV                       # half as long to load as torch, and only probes need it
+        from sklearn.linear_model import RidgeCV                       # slow to load, and only probes need it
         models = [RidgeCV(np.logspace(0, 5, 6)).fit(x[m], y[m, v]) if (m := present[:, v]).sum() > 1 else None for v in range(y.shape[1])]
         look = lambda q: np.stack([m.predict(q) if m else np.zeros(len(q)) for m in models], 1)
     else:

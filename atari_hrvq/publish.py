@@ -15,7 +15,7 @@ from .book import STAGES, check_files, clock, hardware, kernel_environment, logg
 from .core import BookError, put_in_place, read_json, require, write_atomic
 
 # %% auto #0
-__all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'run_fresh',
+__all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'REFERENCE', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'run_fresh',
            'executed_chapters', 'store_outputs', 'ship', 'ship_figures', 'rounding_kept', 'model_card', 'chapter_card',
            'class_named', 'module_of', 'results_table', 'write_between', 'Page', 'book_config', 'listed_pages',
            'page_sources', 'processed', 'cell_options', 'fold', 'plain_text', 'alt_text', 'captioned', 'shown',
@@ -535,6 +535,8 @@ def boxes(text):
     return '\n'.join(lines)
 
 # %% ../nbs/92_publish.ipynb #translate
+REFERENCE = r'(?<![\w.])@((?:fig|tbl|eq|sec)-[\w-]*\w)'
+
 def translate(text, stem, labels, entries):
     "Quarto's Markdown as plain Markdown and HTML: boxes, labels, references, citations."
     if '::: {#refs}' in text: return text.replace('::: {#refs}\n:::', bibliography(entries))
@@ -546,7 +548,7 @@ def translate(text, stem, labels, entries):
         require(m[1] in labels, f'{stem} refers to @{m[1]}, and nothing carries that label: correct one of the two')
         page, name = labels[m[1]]
         return f'[{name}]({page}.html#{m[1]})'
-    text = outside_code(text, lambda p: re.sub(r'(?<![\w.])@((?:fig|tbl|eq|sec)-[\w-]*\w)', reference, p))
+    text = outside_code(text, lambda p: re.sub(REFERENCE, reference, p))
     text = re.sub(r'(\]\([^)\s]+\))\{[^}\n]*\}', r'\1', text)                     # attributes of pictures and links
     return cite(text, entries)
 
@@ -606,6 +608,7 @@ def page_body(book, stem, labels, entries):
     from nbconvert import HTMLExporter
     from nbconvert.filters.markdown_mistune import MarkdownWithMath
     nb, renderer = nbformat.from_dict(json.loads(json.dumps(book))), markdown_renderer()
+    to_html = lambda text: MarkdownWithMath(renderer=renderer).render(text)
     for c in nb.cells:
         c.source = ''.join(c.source)
         if c.cell_type == 'markdown': c.source = translate(c.source, stem, labels, entries)
@@ -614,8 +617,8 @@ def page_body(book, stem, labels, entries):
         caption, label = o.get('fig-cap', o.get('tbl-cap', '')), o.get('label', '')
         if isinstance(caption, list): caption = ' '.join(caption)
         if label in labels: caption = f'{labels[label][1]}: {caption}'
-        caption = MarkdownWithMath(renderer=renderer).render(translate(caption, stem, labels, entries)).strip().removeprefix('<p>').removesuffix('</p>')
-        alt = re.sub(r'(?<![\w.])@((?:fig|tbl|eq|sec)-[\w-]*\w)', lambda m: labels.get(m[1], (stem, m[0]))[1], o.get('fig-alt', ''))
+        if caption: caption = to_html(translate(caption, stem, labels, entries)).strip().removeprefix('<p>').removesuffix('</p>')
+        alt = re.sub(REFERENCE, lambda m: labels.get(m[1], (stem, m[0]))[1], o.get('fig-alt', ''))
         include = o.get('include', True)
         c.metadata['page'] = {'closed': o.get('code-fold') is True, 'summary': o.get('code-summary', 'Code'), 'echo': include and o.get('echo', True), 'output': include and o.get('output', True) is not False, 'label': label, 'caption': caption}
         for out in c.outputs:
@@ -624,7 +627,7 @@ def page_body(book, stem, labels, entries):
             if 'data' in out: out['metadata'] = {m: {'alt': alt} for m in out['data'] if m.startswith('image/') and 'fig-alt' in o}
     exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.raw_template = CELL_TEMPLATE
-    exporter.register_filter('markdown2html', lambda text: MarkdownWithMath(renderer=renderer).render(text))
+    exporter.register_filter('markdown2html', to_html)
     body, _ = exporter.from_notebook_node(nb)
     return re.sub(r'(href=")([\w-]+)\.(?:ipynb|qmd)(?=[#"])', r'\1\2.html', body), renderer.headings
 

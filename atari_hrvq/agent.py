@@ -25,7 +25,7 @@ from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 # %% auto #0
 __all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'GameVectorEnv',
            'seen_after', 'real_returns', 'returns_to_hold', 'real_advantages', 'LoopConfig', 'replay_frames', 'head',
-           'fresh_agent', 'learn', 'known_before', 'tell', 'study', 'going_on', 'dreaming_on', 'first_play',
+           'fresh_agent', 'study', 'known_before', 'tell', 'learn', 'going_on', 'dreaming_on', 'first_play',
            'Imitation', 'both_see', 'imitate', 'with_new_eyes', 'packed_replay', 'shipped_part', 'shipped_replay',
            'remembered', 'random_play', 'train_agent', 'by_depth']
 
@@ -115,7 +115,7 @@ class Agent:
         self.last_value = value.float().cpu().numpy()
         return self.previous.cpu().numpy()
 
-# %% ../nbs/10_agent.ipynb #play
+# %% ../nbs/10_agent.ipynb #games
 def _serve(pipe, names, protocol):
     "Own the games `names` in a process of their own and do what `pipe` asks, until it asks None."
     envs = [make_env(g, protocol, stack=0, ram=True) for g in names]
@@ -145,6 +145,7 @@ class Games:
         for env in self.envs or (): env.close()
         for pipe, worker in zip(self.pipes, self.workers, strict=True): pipe.send(None); worker.join()
 
+# %% ../nbs/10_agent.ipynb #play
 def play(agent, games, each, steps, seed, protocol='atari100k', desc='playing', workers=None):
     """Play `each` copies of every game for `steps` agent steps each, sampling from the policy. Returns {game: Episodes},
     one after the other; every episode has its own seed, so the result follows from seeds and actions, however many processes (`workers`; None: one a core beside a GPU, else this one) the games are in."""
@@ -308,6 +309,7 @@ def returns_to_hold(agent, data, gamma, n, since=None, seed=0):
     parts = [real_returns(agent, data, gamma, n, since, derive(seed, 'newest'))] + ([real_returns(agent, data, gamma, 2 * n, None, derive(seed, 'all'))] if since else [])
     return tuple(torch.cat(x) for x in zip(*filter(None, parts), strict=True)) or None
 
+# %% ../nbs/10_agent.ipynb #played
 @torch.no_grad()
 def real_advantages(agent, data, config, since=None):
     """What the policy is held to (@eq-played): `(obs float [M, F], masks int8 [M, A], actions int64 [M], log-probabilities float [M], advantages float [M])` of the steps in `data` {game: Tokens} from `since[game]` on, which `agent` itself played.
@@ -325,7 +327,6 @@ def real_advantages(agent, data, config, since=None):
         advantage = gae(*(x[:, None] for x in (paid, v, after, lost, lost | ~follows)), config.gamma, config.lam)[:, 0]
         out.append((obs, masks, actions, log_prob_of(logits, actions), standardised(advantage, torch.zeros_like(actions))))
     return tuple(torch.cat(x) for x in zip(*out, strict=True)) if out else None
-
 
 # %% ../nbs/10_agent.ipynb #loop-config
 @dataclass
@@ -389,6 +390,7 @@ def replay_frames(replay, games, size, newest=1, mirror=False):
         return torch.from_numpy(np.concatenate(frames))[:, None], torch.zeros(size, dtype=torch.long), torch.from_numpy(np.concatenate(game))
     return batch
 
+# %% ../nbs/10_agent.ipynb #fresh
 def head(episodes, n):
     "The first `n` steps of an `Episodes` (all of them if `n` is 0); the last episode may be cut."
     if not n or n >= len(episodes): return episodes
@@ -404,6 +406,40 @@ def fresh_agent(stage, replay, c, context=8):
     fit(tokenizer, batches, FitConfig(c.begin_tokenizer, lr=4 * c.tokenizer_lr), seed=stage.seed, checkpoint=stage.checkpoint('begin-tokenizer'), desc='tokenizer',
         callback=start_codebooks(tokenizer, batches, c.begin_tokenizer // 8, stage.seed))
     return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer, contrast=c.contrast).to(stage.device), c.hidden, context)
+
+# %% ../nbs/10_agent.ipynb #study
+def study(stage, agent, replay, c, r, newest=1):
+    "Tokenizer and world model learn from `replay` before the dreams of round `r`, half of it from the `newest` parts if there are more; returns the replay as `{game: Tokens}` and where those begin."
+    seed = derive(stage.seed, 'study', r)
+    if r and c.tokenizer_steps:
+        fit(agent.tokenizer, replay_frames(replay, agent.games, c.frames, newest, c.mirror), FitConfig(c.tokenizer_steps, lr=c.tokenizer_lr), seed=seed, checkpoint=stage.checkpoint(f'tokenizer-{r}'), desc=f'round {r}: learning to see')
+        agent.world.follow(agent.tokenizer)
+    both = lambda e: ([mirrored(e)] if c.mirror and e.game in MIRRORED else []) + [e]                 # what was seen comes last, so the newest part ends with it
+    parts = {g: [[tokenise(agent.tokenizer, x) for x in both(e)] for e in es] for g, es in replay.items()}
+    data = {g: join_tokens(sum(p, [])) for g, p in parts.items()}
+    recent = {g: len(data[g]) - sum(map(len, sum(p[-newest:], []))) for g, p in parts.items()} if len(next(iter(replay.values()))) > newest else None
+    if steps := c.world_steps if r else c.begin_world:
+        fit(agent.world, token_batches({g: d.to(stage.device) for g, d in data.items()}, c.batch, c.window, recent, c.by_age), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05, half=c.half), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
+    return data, recent
+
+# %% ../nbs/10_agent.ipynb #known-before
+def known_before(agent, episodes, window, seed=0, foresight=True):
+    "What tokenizer and world model make of `episodes` that neither has learned from yet: accuracy on changed level-0 tokens; the share of balls that the codes keep; how well dreams, which pay with `foresight` or without, tell a loss at the paddle from a hit (@eq-told-apart) and how much more they charge for it (@eq-told-more)."
+    tokens, game = tokenise(agent.tokenizer, episodes), agent.games.index(episodes.game)
+    out = {'changed': token_accuracy(agent.world, tokens, game, window, 64, seed)['changed_0']}
+    if episodes.game in BALL_BOX:
+        at = np.sort(rng_for(seed, 'balls').choice(len(episodes), min(1000, len(episodes)), replace=False))
+        real = agent.tokenizer.background(torch.from_numpy(episodes.frames[at][:, None]).to(agent.device), torch.full((len(at),), game, device=agent.device))[0][:, 0]
+        drawn = agent.tokenizer.decode_foreground(tokens.codes[at].to(agent.device), game=torch.full((len(at),), game, device=agent.device))
+        told = losses_told(agent.world, tokens, *meetings(episodes), game, agent.context, early=3, seed=seed, foresight=foresight)
+        out['told_apart'], of = told_apart(*told), told_of(*told)
+        out['told_more'] = of and of[0] - of[1]
+        out['ball_recall'] = ball_recall(real, drawn, BALL_BOX[episodes.game])[0]
+    return out
+
+def tell(row):
+    "One line about a round that is over."
+    print(f'round {row["round"]}: {row["real_steps"]} real steps a game before it; reward a step: ' + ', '.join(f'{k[13:]} dreamt {v:+.4f}, real ' + (f'{row[f"real_reward_{k[13:]}"]:+.4f}' if f'real_reward_{k[13:]}' in row else 'not played') for k, v in row.items() if k.startswith('dream_reward_')), flush=True)
 
 # %% ../nbs/10_agent.ipynb #loop
 def learn(stage, agent, ppo, replay, c, name='agent', known=0):
@@ -450,38 +486,6 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     agent.real_steps = history[-1]['real_steps']
     return history, curves
 
-def known_before(agent, episodes, window, seed=0, foresight=True):
-    "What tokenizer and world model make of `episodes` that neither has learned from yet: accuracy on changed level-0 tokens; the share of balls that the codes keep; how well dreams, which pay with `foresight` or without, tell a loss at the paddle from a hit (@eq-told-apart) and how much more they charge for it (@eq-told-more)."
-    tokens, game = tokenise(agent.tokenizer, episodes), agent.games.index(episodes.game)
-    out = {'changed': token_accuracy(agent.world, tokens, game, window, 64, seed)['changed_0']}
-    if episodes.game in BALL_BOX:
-        at = np.sort(rng_for(seed, 'balls').choice(len(episodes), min(1000, len(episodes)), replace=False))
-        real = agent.tokenizer.background(torch.from_numpy(episodes.frames[at][:, None]).to(agent.device), torch.full((len(at),), game, device=agent.device))[0][:, 0]
-        drawn = agent.tokenizer.decode_foreground(tokens.codes[at].to(agent.device), game=torch.full((len(at),), game, device=agent.device))
-        told = losses_told(agent.world, tokens, *meetings(episodes), game, agent.context, early=3, seed=seed, foresight=foresight)
-        out['told_apart'], of = told_apart(*told), told_of(*told)
-        out['told_more'] = of and of[0] - of[1]
-        out['ball_recall'] = ball_recall(real, drawn, BALL_BOX[episodes.game])[0]
-    return out
-
-def tell(row):
-    "One line about a round that is over."
-    print(f'round {row["round"]}: {row["real_steps"]} real steps a game before it; reward a step: ' + ', '.join(f'{k[13:]} dreamt {v:+.4f}, real ' + (f'{row[f"real_reward_{k[13:]}"]:+.4f}' if f'real_reward_{k[13:]}' in row else 'not played') for k, v in row.items() if k.startswith('dream_reward_')), flush=True)
-
-def study(stage, agent, replay, c, r, newest=1):
-    "Tokenizer and world model learn from `replay` before the dreams of round `r`, half of it from the `newest` parts if there are more; returns the replay as `{game: Tokens}` and where those begin."
-    seed = derive(stage.seed, 'study', r)
-    if r and c.tokenizer_steps:
-        fit(agent.tokenizer, replay_frames(replay, agent.games, c.frames, newest, c.mirror), FitConfig(c.tokenizer_steps, lr=c.tokenizer_lr), seed=seed, checkpoint=stage.checkpoint(f'tokenizer-{r}'), desc=f'round {r}: learning to see')
-        agent.world.follow(agent.tokenizer)
-    both = lambda e: ([mirrored(e)] if c.mirror and e.game in MIRRORED else []) + [e]                 # what was seen comes last, so the newest part ends with it
-    parts = {g: [[tokenise(agent.tokenizer, x) for x in both(e)] for e in es] for g, es in replay.items()}
-    data = {g: join_tokens(sum(p, [])) for g, p in parts.items()}
-    recent = {g: len(data[g]) - sum(map(len, sum(p[-newest:], []))) for g, p in parts.items()} if len(next(iter(replay.values()))) > newest else None
-    if steps := c.world_steps if r else c.begin_world:
-        fit(agent.world, token_batches({g: d.to(stage.device) for g, d in data.items()}, c.batch, c.window, recent, c.by_age), FitConfig(steps, lr=c.world_lr if r else c.begin_lr, weight_decay=.05, half=c.half), seed=seed, checkpoint=stage.checkpoint(f'world-{r}'), desc=f'round {r}: learning the model')
-    return data, recent
-
 # %% ../nbs/10_agent.ipynb #going-on
 def going_on(c):
     "The loop for an agent that has learned before: no beginning, one round of play, twice the dreams before and after it, both times at a rate that falls to zero, with a critic and a policy that are held to the real game and dreams that pay the root of points, as it was shipped."
@@ -491,6 +495,7 @@ def dreaming_on(c, whole):
     "The loop for an agent that has learned before and plays nothing new: it dreams four times as long as in a round. If its replay is the `whole` of what it learned from, its model studies as long before; of a part it would learn by heart, so it stays as it is."
     return replace(c, rounds=0, last=4, real_rows=1_200, power=.5, first=0, begin_tokenizer=0, begin_world=4 * c.world_steps * whole, begin_lr=c.world_lr)
 
+# %% ../nbs/10_agent.ipynb #first-play
 def first_play(stage, agent, c):
     "What `agent` plays before its first round, {game: Episodes}; stored as seeds and actions, and not played again if it is there."
     names = {g: f'agent-first-{g}' for g in agent.games}
@@ -498,7 +503,7 @@ def first_play(stage, agent, c):
         for g, e in play(agent, agent.games, c.envs, c.real_steps // c.envs, derive(stage.seed, 'first'), desc='playing before learning').items(): store_episodes(stage, names[g], e)
     return {g: load_stored(stage, n) for g, n in names.items()}
 
-# %% ../nbs/10_agent.ipynb #new-eyes
+# %% ../nbs/10_agent.ipynb #imitation
 class Imitation(torch.nn.Module):
     "`policy` learns what another one would do and expect (@eq-imitation); `loss(obs float [N, F], masks int8 [N, A], log_probs float [N, A], values float [N], spread float [N])`, the last three of the other, `spread` being the unit in which values are compared."
     def __init__(self, policy):
@@ -537,6 +542,7 @@ def imitate(stage, new, old, replay, newest, name, mirror=False, epochs=8, batch
     fit(Imitation(new.policy), draw, FitConfig(max(1, epochs * len(seen[0]) // batch)), seed=derive(stage.seed, name), checkpoint=stage.checkpoint(name), desc='learning what the old one does')
     new.policy.eval()
 
+# %% ../nbs/10_agent.ipynb #new-eyes
 def with_new_eyes(stage, agent, replay, c, newest=80_000, epochs=8, batch=512):
     """An `Agent` whose frames have `c.grid` cells a side and that does what `agent` would. From `replay` {game: list of Episodes} its tokenizer learns for `c.begin_tokenizer` steps, its world model, whose transformer is that of `agent`,
     for `c.begin_world`, and its policy for `epochs` over the `newest` steps a game (@eq-imitation). Made once in a run, and stored there."""
@@ -550,7 +556,6 @@ def with_new_eyes(stage, agent, replay, c, newest=80_000, epochs=8, batch=512):
     stage.save('agent-eyes', new)
     for name in ('begin-tokenizer', 'world-0', 'eyes'): drop_checkpoint(stage.checkpoint(name))
     return new
-
 
 # %% ../nbs/10_agent.ipynb #shipped-replay
 def packed_replay(folder, game):
@@ -572,6 +577,7 @@ def shipped_replay(folder, game):
     path, parts = packed_replay(folder, game)
     return [shipped_part(path, game, i, part) for i, part in enumerate(parts)]
 
+# %% ../nbs/10_agent.ipynb #remembered
 def remembered(stage, newest=None):
     "What the shipped agent learned from, as a replay {game: [Episodes]}: all of it, or the last parts with at least `newest` steps a game; stored in the run, and not regenerated if it is there."
     folder, replay = repo_path('pretrained') / SHIPPED['agent'], {}
@@ -583,7 +589,6 @@ def remembered(stage, newest=None):
             if f'{name}.safetensors' not in stage.index(): store_episodes(stage, name, shipped_part(path, g, i, packed[i]))
         replay[g] = [load_stored(stage, name) for name in names.values()]
     return replay
-
 
 # %% ../nbs/10_agent.ipynb #run
 LOOPS = {'smoke': LoopConfig(1, 60, 2, 4, 2, tokenizer_steps=2, frames=12, dreams=12, horizon=5, batch=6, window=8),
@@ -598,6 +603,7 @@ def random_play(stage, game, first=0):
     if first and f'frames-{game}-train.safetensors' not in stage.index(): collect_split(stage, game, 'train', first)
     return head(load_episodes(stage, game, 'train'), first)
 
+# %% ../nbs/10_agent.ipynb #train-agent
 def train_agent(stage, **changes):
     """The run of this chapter as `stage` says; `changes` of the profile's `LoopConfig` come last. Returns `(agent, replay, history, curves, loop)` and saves the agent, its scores over real steps and the metrics.
 

@@ -21,7 +21,8 @@ __all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'WIDES
            'unpack', 'write_atomic', 'write_json', 'save_tree', 'load_arrays', 'load_tree', 'file_hash', 'put_in_place',
            'Pretrained', 'load_weights', 'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw', 'settings',
            'fit', 'fingerprint', 'save_checkpoint', 'drop_checkpoint', 'load_checkpoint', 'plot_history', 'repo_path',
-           'injected_parameters', 'Stage', 'read_json', 'read_metrics', 'clean_number', 'Table', 'bootstrap_mean']
+           'injected_parameters', 'Stage', 'read_json', 'read_jsonl', 'read_metrics', 'clean_number', 'Table',
+           'bootstrap_mean']
 
 # %% ../nbs/00_core.ipynb #errors
 class BookError(Exception):
@@ -595,20 +596,27 @@ class Stage:
         for p in (self.folder / 'checkpoints').glob(f'{self.chapter}-*'): p.unlink()
         return f'{self.chapter}: {len(self.rows)} rows of metrics in {self.folder.name}'
 
-def read_json(path, default=None):
-    "The JSON at `path`; `default` if it does not exist; one sentence if it is damaged."
-    try: return json.loads(Path(path).read_text())
+def _read(parse, path, default):
+    "What `parse` makes of the text at `path`; `default`, unless it is None, where there is no such file."
+    try: return parse(Path(path).read_text())
     except (FileNotFoundError, NotADirectoryError):
         require(default is not None, f'{path} does not exist')
         return default
     except ValueError: raise BookError(f'{path} is damaged: delete it and run the chapters again') from None
 
+def read_json(path, default=None):
+    "The JSON at `path`; `default` if it does not exist; one sentence if it is damaged."
+    return _read(json.loads, path, default)
+
+def read_jsonl(path, default=None):
+    "The rows of a file with one JSON a line; otherwise like `read_json`."
+    return _read(lambda text: [json.loads(line) for line in text.splitlines()], path, default)
+
 def read_metrics(folder):
     "All rows of a run's `metrics.jsonl` as dicts, in chapter order."
     path = Path(folder) / 'metrics.jsonl'
     require(path.exists(), f'{folder} has no metrics.jsonl: run a chapter first (atari-hrvq run --run {folder})')
-    try: return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError: raise BookError(f'{path} is damaged: delete it and run the chapters again') from None
+    return read_jsonl(path)
 
 def clean_number(v):
     "Numbers as Python floats with nan and infinity as None, so that every row is valid JSON."

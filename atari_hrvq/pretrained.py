@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from .agent import Agent, head, packed_replay, shipped_replay
 from .claims import ledger
-from .core import (BookError, SHIPPED, Stage, Table, bootstrap_mean, count_parameters, derive, file_hash, load_tree, one_thread, put_in_place, read_json, read_metrics, repo_path, require, rng_for,
+from .core import (BookError, SHIPPED, Stage, Table, bootstrap_mean, count_parameters, derive, file_hash, load_tree, one_thread, put_in_place, read_json, read_jsonl, read_metrics, repo_path, require, rng_for,
                              save_tree, seed_all, write_atomic, write_json)
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
 from .encoder import labels_at, state_fidelity
@@ -225,7 +225,7 @@ def ship_agent(run, folder, made, episodes=30, temperatures=()):
     require((run / 'stages' / '10_agent.json').exists(), f'chapter 10_agent, which makes the agent, is not finished in {run}: run it to its end first')
     went_on = config.get('start', 'scratch') != 'scratch'                # from earlier weights, whose record goes before
     origin = repo_path('pretrained') / SHIPPED['agent']
-    told = [json.loads(line) for line in (run / 'metrics' / '10_agent.jsonl').read_text().splitlines()]
+    told = read_jsonl(run / 'metrics' / '10_agent.jsonl')
     recipe = next((r for r in told if r.get('curve') == 'recipe'), {})
     require(not went_on or recipe.get('went on from') == file_hash(origin / 'manifest.json'), f'{origin} is not the agent that {run} went on from: restore that one, or this run is shipped already')
     stage = Stage('11_evaluate', run, config['profile'], config['games'], config['seed'])
@@ -255,7 +255,7 @@ def ship_agent(run, folder, made, episodes=30, temperatures=()):
         shipped = pack(agent, new, contexts, scores, made, replay=replay)
         for g, es in played.items(): film(shipped, es[-1], new / f'dream-{g}.gif')
         write_json(new / 'run.json', config)
-        rows = [json.loads(line) for c in ('10_agent', '11_evaluate') if (path := run / 'metrics' / f'{c}.jsonl').exists() for line in path.read_text().splitlines()]
+        rows = [r for c in ('10_agent', '11_evaluate') for r in read_jsonl(run / 'metrics' / f'{c}.jsonl', [])]
         write_atomic(new / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in (joined(before, rows) if before else rows)))
         write_json(new / 'claims.json', ledger(rows, config['profile']))
         write_atomic(new / 'README.md', agent_card(new))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 import atari_hrvq
 from .book import STAGES, check_files, clock, hardware, kernel_environment, logged_kernel, repo_root, versions
-from .core import BookError, put_in_place, read_json, require, write_atomic
+from .core import BookError, put_in_place, read_json, read_jsonl, require, write_atomic
 
 # %% auto #0
 __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'REFERENCE', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'run_fresh',
@@ -151,7 +151,7 @@ Weights and configuration load without pickle. They are {kept}.
 def chapter_card(run, chapter):
     "Markdown: where the figures of a chapter come from, and which they are."
     from atari_hrvq.core import Table
-    rows = [json.loads(line) for line in (run / 'metrics' / f'{chapter}.jsonl').read_text().splitlines()]
+    rows = read_jsonl(run / 'metrics' / f'{chapter}.jsonl')
     made, took, manifest = (read_json(run / p, {}) for p in ('run.json', f'stages/{chapter}.json', 'manifest.json'))
     machine, with_ = manifest.get('hardware') or hardware(), manifest.get('versions') or versions()          # a run of plain papermill has no manifest
     number = lambda r, k: f'{r[k]:.4g}' if r.get(k) is not None else ''

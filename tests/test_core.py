@@ -173,6 +173,11 @@ def test_metrics_are_valid_json(tmp_path):
     stage.metric('x', float('nan'), lo=torch.tensor(1.)); stage.done()
     assert core.read_metrics(tmp_path)[0] == {'chapter': '02_encoder', 'name': 'x', 'value': None, 'lo': 1.0, 'seeds': 1}
 
+    (tmp_path / 'metrics.jsonl').write_text('{"name": "x"}\n{"name": ')
+    with pytest.raises(BookError, match='metrics.jsonl is damaged'): core.read_jsonl(tmp_path / 'metrics.jsonl')
+    with pytest.raises(BookError, match='tried.jsonl does not exist'): core.read_jsonl(tmp_path / 'tried.jsonl')
+    assert core.read_jsonl(tmp_path / 'tried.jsonl', []) == []
+
 
 def test_write_atomic_leaves_no_temporary(tmp_path):
     write_atomic(tmp_path / 'a', 'x'); write_atomic(tmp_path / 'a', 'y')

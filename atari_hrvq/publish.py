@@ -557,12 +557,11 @@ def say_undrawn(books, raw):
     "Where prose refers to a figure or table that this run did not make (its label stands in `raw` and no longer in `books`), words stand instead of a reference to nothing."
     kept, made = label_numbers(books), label_numbers(raw)
     words = {'fig': 'a figure that this run did not draw', 'tbl': 'a table that this run did not make'}
-    say = lambda m: words[m[1]] if m[2] in made and m[2] not in kept else m[0]
-    reference = r'(?<![\w.])@(?=(fig|tbl)-)((?:fig|tbl)-[\w-]*\w)'
+    say = lambda m: words[kind] if (kind := m[1].split('-')[0]) in words and m[1] in made and m[1] not in kept else m[0]
     for b in books.values():
         for c in b['cells']:
-            if c['cell_type'] == 'markdown': c['source'] = in_prose(c['source'], reference, say)
-            else: c['source'] = re.sub(r'^#\| (?:fig|tbl)-cap:.*$', lambda m: re.sub(reference, say, m[0]), ''.join(c['source']), flags=re.M)
+            if c['cell_type'] == 'markdown': c['source'] = in_prose(c['source'], REFERENCE, say)
+            else: c['source'] = re.sub(r'^#\| (?:fig|tbl)-cap:.*$', lambda m: re.sub(REFERENCE, say, m[0]), ''.join(c['source']), flags=re.M)
 
 # %% ../nbs/92_publish.ipynb #markdown
 def slug(text):

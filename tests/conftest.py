@@ -14,7 +14,7 @@ BIN = Path(sys.executable).parent
 os.environ['OMP_NUM_THREADS'] = '1'                                      # before torch is imported: with the long jobs, one thread too many makes all of them several times slower
 ENV = {**os.environ, 'PYTHONDONTWRITEBYTECODE': '1', 'MPLBACKEND': 'agg', 'IN_TEST': '1', 'PATH': f'{BIN}{os.pathsep}{os.environ.get("PATH", "")}'}
 LONG = ('smoke', 'chapters')
-AFTER_OTHERS = r'^([_.]|0[234578]|1[012]|90|A)'                      # notebooks that need what an earlier one saved
+AFTER_OTHERS = r'^([_.]|0[234578]|1[012]|90|A[12])'                  # notebooks that need what an earlier one saved
 os.environ.pop('ATARI_HRVQ_PROGRESS', None)
 
 

@@ -305,3 +305,14 @@ def test_what_stands_beside_the_book():
     readme = (ROOT / 'README.md').read_text()
     assert all(m in readme for m in P.MARKERS)
     for target in re.findall(r'\]\((?!https?:)([^)#]+)', readme + (ROOT / 'CONTRIBUTING.md').read_text()): assert (ROOT / target).exists(), target
+
+
+def test_what_a_run_did_not_make_is_said_in_words():
+    def books(*labels):
+        made = [code(f'{MARK} label: {x}\n{MARK} {x[:3]}-cap: "See @fig-gone."\nplot()', x) for x in labels]
+        return {'01_frames': notebook(md('See @fig-gone and @tbl-gone, @fig-kept, @eq-none and a@fig-gone.', 'said'), *made)}
+    kept = books('fig-kept')
+    P.say_undrawn(kept, books('fig-kept', 'fig-gone', 'tbl-gone'))
+    assert [''.join(c['source']) for c in kept['01_frames']['cells']] == [
+        'See a figure that this run did not draw and a table that this run did not make, @fig-kept, @eq-none and a@fig-gone.',
+        f'{MARK} label: fig-kept\n{MARK} fig-cap: "See a figure that this run did not draw."\nplot()']

@@ -5,13 +5,15 @@
 # %% ../nbs/12_claims.ipynb #imports
 from __future__ import annotations
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
-from .core import PROFILES, Stage, Table, choices, read_json, read_metrics, repo_path, require, write_atomic, write_json
+from .core import PROFILES, SHIPPED, Stage, Table, choices, read_json, read_jsonl, read_metrics, repo_path, require, write_atomic, write_json
 
 # %% auto #0
-__all__ = ['CLAIMS', 'Claim', 'verdict', 'claim_row', 'ledger', 'show_claims', 'write_claims', 'kept_rows', 'longest',
-           'made_with', 'longest_ledger', 'ledger_over']
+__all__ = ['CLAIMS', 'CHAPTER_OF', 'ALL', 'BALLS', 'LEVEL_0', 'GOALS', 'Claim', 'verdict', 'claim_row', 'ledger', 'show_claims',
+           'write_claims', 'is_claimed', 'kept_rows', 'longest', 'made_with', 'longest_ledger', 'ledger_over', 'Goal',
+           'asked_by', 'part_of', 'met', 'shipped_rows', 'goals_met', 'show_goals']
 
 # %% ../nbs/12_claims.ipynb #claims
 class Claim(NamedTuple):
@@ -99,21 +101,24 @@ def write_claims(folder, profile):
     return table
 
 # %% ../nbs/12_claims.ipynb #kept
-def kept_rows(root='pretrained'):
-    "The claimed rows of every model in `pretrained/`, each with the `profile` and the number of `games` of the run that made it."
-    rows, of = [], {c.id: c.chapter for c in CLAIMS}                       # a claim is measured in its chapter; what another once said of it does not count
+CHAPTER_OF = {c.id: c.chapter for c in CLAIMS}
+def is_claimed(r): return r.get('claim') and r['chapter'] == CHAPTER_OF.get(r['claim'])     # a claim is measured in its chapter; what another once said of it does not count
+
+def kept_rows(root='pretrained', asked=is_claimed):
+    "The rows of every model in `pretrained/` that are `asked` for, each with the `profile` and the number of `games` of the run that made it."
+    rows = []
     for made in sorted(repo_path(root).glob('*/run.json')):
         m = read_json(made); choices('profile', m['profile'], PROFILES)
-        rows += [{**r, 'profile': m['profile'], 'games': len(m['games'])} for r in read_metrics(made.parent) if r.get('claim') and r['chapter'] == of.get(r['claim'])]
+        rows += [{**r, 'profile': m['profile'], 'games': len(m['games'])} for r in read_metrics(made.parent) if asked(r)]
     return rows
 
-def longest(rows, profile, games, kept):
-    "For each claim the rows of the largest budget among `rows` of a run (`profile`, number of `games`) and those of `kept_rows`."
-    every = [({**r, 'profile': profile, 'games': games}, 1) for r in rows if r.get('claim')] + [(r, 0) for r in kept if r['games'] >= games]
+def longest(rows, profile, games, kept, key=lambda r: r.get('claim')):
+    "For each claim (or other `key` of a row, None where it has none) the rows of the largest budget among `rows` of a run (`profile`, number of `games`) and those of `kept_rows`."
+    every = [({**r, 'profile': profile, 'games': games}, 1) for r in rows if key(r)] + [(r, 0) for r in kept if r['games'] >= games]
     size = lambda r, mine: (r['games'], PROFILES.index(r['profile']), mine)
     best = {}
-    for r, mine in every: best[r['claim']] = max(best.get(r['claim'], (0,)), size(r, mine))
-    return [r for r, mine in every if size(r, mine) == best[r['claim']]]
+    for r, mine in every: best[key(r)] = max(best.get(key(r), (0,)), size(r, mine))
+    return [r for r, mine in every if size(r, mine) == best[key(r)]]
 
 def made_with(folder):
     "The parameters that a run folder was made with."
@@ -125,6 +130,7 @@ def longest_ledger(folder, root='pretrained'):
     "The ledger of a run folder where the shipped runs may speak for claims that they measured at a larger budget."
     made = made_with(folder)
     return ledger(longest(read_metrics(folder), made['profile'], len(made['games']), kept_rows(root)), made['profile'])
+
 
 # %% ../nbs/12_claims.ipynb #seeds
 def ledger_over(folders):
@@ -141,3 +147,121 @@ def ledger_over(folders):
         said = all(n.startswith('decisive') for n in notes) or notes[0].startswith('too few') and (seeds < 3 or not notes[0].startswith('too few seeds'))
         rows.append({**each[0], 'game': None, 'value': sum(values) / len(each), 'lo': min(ends('lo', each)), 'hi': max(ends('hi', each)), 'null': None if None in nulls else sum(nulls) / len(each), 'seeds': seeds, 'note': notes[0] if said else ''})
     return ledger(rows, made[0]['profile'])
+
+# %% ../nbs/12_claims.ipynb #goals
+class Goal(NamedTuple):
+    goal: str
+    chapter: str
+    names: tuple               # of metrics, as patterns: of several that one pattern fits the mean counts, of several patterns the worst
+    figure: float
+    better: int = 1            # 1: higher is better, -1: lower
+    games: tuple = ()          # each of these; the worst counts
+    note: str = ''             # how the note of a row begins
+    part: str = 'value'        # 'lo': the lower end of the interval; 'loss': what the null has more than the value
+    against: str = ''          # the value as a share of that of the row whose note begins so
+    null: bool = True          # whether the row's null is one for this goal
+
+    def asks(self, r):
+        "Whether a row of `metrics.jsonl` is one that this goal needs."
+        said = str(r.get('note') or '')
+        return (r.get('chapter') == self.chapter and any(fnmatch(r.get('name') or '', n) for n in self.names) and (not self.games or r.get('game') in self.games)
+                and (said.startswith(self.note) or bool(self.against) and said.startswith(self.against)))
+
+# %% ../nbs/12_claims.ipynb #goal-list
+ALL, BALLS, LEVEL_0 = ('pong', 'breakout', 'ms_pacman'), ('pong', 'breakout'), 'level 0: motion first'
+
+GOALS = [Goal(*g[:4], **(g[4] if len(g) > 4 else {})) for g in (
+    ('temporal ratio of the embeddings', '02_encoder', ('temporal_ratio',), .22, dict(better=-1)),
+    ('diversity of the embeddings', '02_encoder', ('diversity',), 1.40),
+    ('state correlation', '02_encoder', ('state_correlation',), .65),
+    ('R² lost on frames of a policy never trained on, Pong and Breakout', '02_encoder', ('fidelity_unseen_*',), .10, dict(better=-1, games=BALLS, part='loss', null=False)),
+    ('R² lost on frames of a policy never trained on, MsPacman', '02_encoder', ('fidelity_unseen_*',), .10, dict(better=-1, games=('ms_pacman',), part='loss', null=False)),
+    ('Pong: ball_x and paddle from the codes, R²', '04_hrvq', ('fidelity_codes_ball_x', 'fidelity_codes_player_y'), .95, dict(games=('pong',))),
+    ('Breakout: ball and paddle from the codes, R²', '04_hrvq', ('fidelity_codes_ball_x', 'fidelity_codes_ball_y', 'fidelity_codes_paddle_x'), .90, dict(games=('breakout',))),
+    ('MsPacman: player from the codes, R²', '04_hrvq', ('fidelity_codes_player_x', 'fidelity_codes_player_y'), .90, dict(games=('ms_pacman',))),
+    ('MsPacman: each ghost from the codes, R²', '04_hrvq', tuple(f'fidelity_codes_{ghost}_?' for ghost in ('sue', 'inky', 'pinky', 'blinky')), .60, dict(games=('ms_pacman',))),
+    ('frames whose decoded picture shows the ball in its place', '04_hrvq', ('ball_recall',), .95, dict(games=BALLS)),
+    ('one codebook: codes used', '03_vq', ('usage',), 256),
+    ('one codebook: perplexity', '03_vq', ('perplexity',), 240),
+    ('three levels of the original preset: perplexity of the first', '04_hrvq', ('original_perplexity_0',), 240),
+    ('the same: of the second and the third', '04_hrvq', ('original_perplexity_1', 'original_perplexity_2'), 230),
+    ('reconstruction cosine of three levels', '04_hrvq', ('original_cosine',), .90),
+    ('level 0 says little about the game, bits', '05_shared', ('shared_bits_about_the_game',), .30, dict(better=-1, note=LEVEL_0)),
+    ('at a decoder error within 5%', '05_shared', ('shared_error_against_plain',), .05, dict(better=-1, note=LEVEL_0, null=False)),
+    ('codes that every game uses', '05_shared', ('shared_balanced_codes',), 125, dict(note=LEVEL_0)),
+    ('share of moving cells that they cover', '05_shared', ('shared_they_cover',), .53, dict(note=LEVEL_0)),
+    ('a direction of motion read by the table of the other games, bits', '05_shared', ('shared_X_direction*',), 1., dict(note=LEVEL_0)),
+    ('a new game in 2 epochs, of 10 from scratch: state fidelity and cosine', '05_shared', ('few_shot_state_fidelity', 'few_shot_cosine'), .90, dict(games=ALL, note='2 epochs', against='from scratch, 10 epochs')),
+    ('a new game in 2 epochs, of 10 from scratch: perplexity', '05_shared', ('few_shot_perplexity',), .90, dict(games=ALL, note='2 epochs', against='from scratch, 10 epochs')),
+    ('parameters of the world model, million', '07_world', ('parameters_million',), 11, dict(better=-1)),
+    ('changed tokens that the model predicts, held out', '07_world', ('changed_accuracy_[0-2]',), .90, dict(games=ALL)),
+    ('the same on frames of a policy never trained on', '07_world', ('changed_accuracy_fresh_[0-2]',), .80, dict(games=ALL, null=False)),
+    ("the same on the shipped agent's newest play, level 0", '14_pretrained', ('shipped_changed_accuracy',), .80, dict(games=ALL, null=False)),
+    ('Pong: ball within 5 pixels after 15 dreamt steps without a paddle', '08_dream', ('pong_ball_within_5px_15_untouched',), .80),
+    ('parameters that experts by layer save at no higher loss', 'A2_ablations', ('parameters_saved',), .40),
+    ('times that a step is faster than the flat model', 'A2_ablations', ('speed_up',), 2.8),
+    ('gain of temporal windows 50 steps ahead', 'A2_ablations', ('long_horizon_gain',), .15),
+    ('Pong, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 19.9, dict(games=('pong',))),
+    ('Breakout, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 149, dict(games=('breakout',))),
+    ('MsPacman, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 2673, dict(games=('ms_pacman',))),
+    ('human-normalised score, mean of the games', '11_evaluate', ('hns_mean',), 2.),
+    ('points above model-free PPO at equal real steps, lower end', '11_evaluate', ('gain_over_model_free_PPO',), 0., dict(games=ALL, part='lo', null=False)),
+    ('real steps that model-free PPO needs for the same score, times', '11_evaluate', ('sample_efficiency_of_game',), 10., dict(games=ALL)),
+    ('Pong, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 19.9, dict(games=('pong',))),
+    ('Breakout, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 149, dict(games=('breakout',))),
+    ('MsPacman, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 2673, dict(games=('ms_pacman',))),
+    ('points of the shipped agent above random play, its lower end over their upper', '14_pretrained', ('shipped_above_random_play',), 0., dict(games=ALL, part='lo', null=False)),
+    ('the same above model-free PPO of the longest run', '14_pretrained', ('shipped_above_model_free_PPO',), 0., dict(games=ALL, part='lo', null=False)))]
+
+# %% ../nbs/12_claims.ipynb #met
+def asked_by(r): return next((g.goal for g in GOALS if g.asks(r)), None)          # the goal that needs a row
+
+def part_of(goal, rows, name, game):
+    "`(value, lo, hi, null)` of `goal` for the metrics that fit the pattern `name`, of `game` (None: of any): the mean over `rows`, with None for what one of them lacks; None where there are no rows."
+    mine = [r for r in rows if goal.asks(r) and fnmatch(r['name'], name) and (game is None or r.get('game') == game)]
+    of, base = ([r for r in mine if str(r.get('note') or '').startswith(k)] for k in (goal.note, goal.against))
+    mean = lambda k, rs: sum(r[k] for r in rs) / len(rs) if rs and all(r.get(k) is not None for r in rs) else None
+    value, lo, hi, null = (mean(k, of) for k in ('value', 'lo', 'hi', 'null'))
+    if goal.against:
+        whole = mean('value', base)
+        return (value / whole, None, None, None) if value is not None and whole else None
+    if goal.part == 'loss': return (null - value, None, None, None) if None not in (value, null) else None
+    if goal.part == 'lo': value, lo, hi = lo, None, None
+    return None if value is None else (value, lo, hi, null if goal.null else None)
+
+def met(goal, rows):
+    "One row of the table of goals: what `rows` of `metrics.jsonl` say of the worst part of `goal`, and the verdict."
+    parts = {(name, game): part_of(goal, rows, name, game) for name in goal.names for game in goal.games or (None,)}
+    row = {'goal': goal.goal, 'figure': goal.figure, 'better': goal.better, 'reached': None, 'interval': None, 'null': None, 'worst': None, 'verdict': 'not measured', 'profile': None, 'chapter': goal.chapter}
+    if None in parts.values(): return row
+    (_, game), (value, lo, hi, null) = min(parts.items(), key=lambda kv: goal.better * kv[1][0])
+    there = lambda x: x is not None and goal.better * x >= goal.better * goal.figure
+    ends = [x for x in (lo, hi) if x is not None]
+    verdict = 'missed' if not there(value) else 'reached, as the null is' if there(null) else 'reached' if all(map(there, ends)) else 'reached on average'
+    return {**row, 'reached': value, 'interval': ends or None, 'null': null, 'worst': game if len(goal.games) > 1 else None, 'verdict': verdict, 'profile': next(r.get('profile') for r in rows if goal.asks(r))}
+
+def shipped_rows(root='pretrained'):
+    "What is known of the shipped agent as rows of metrics: its scores, how far they are above random play and model-free PPO (between the ends of the intervals), the tokens of its newest play that its model foresees; [] where none is shipped."
+    folder, rows = repo_path(root) / SHIPPED['agent'], []
+    profile = read_json(folder / 'run.json', {}).get('profile')
+    add = lambda name, game, value, lo=None, hi=None, null=None: rows.append({'chapter': '14_pretrained', 'name': f'shipped_{name}', 'game': game, 'value': value, 'lo': lo, 'hi': hi, 'null': null, 'profile': profile})
+    free = {r['game']: r for r in kept_rows(root, lambda r: r.get('name') == 'model_free_score_long')}
+    for g, s in read_json(folder / 'scores.json', {}).items():
+        add('score', g, s['mean'], s['lo'], s['hi'], s['random'])
+        add('above_random_play', g, s['mean'] - s['random'], s['lo'] - s['random hi'])
+        if g in free: add('above_model_free_PPO', g, s['mean'] - free[g]['value'], s['lo'] - free[g]['hi'])
+    for r in read_jsonl(folder / 'metrics.jsonl', []):
+        if r.get('name') == 'changed_accuracy_before': add('changed_accuracy', r['game'], r['value'])
+    return rows
+
+def goals_met(folder, root='pretrained'):
+    "The goals of the book, one row each: what the run in `folder` says, or a run behind `root` where that had a larger budget; and what is known of the shipped agent."
+    made = made_with(folder)
+    rows = longest(read_metrics(folder), made['profile'], len(made['games']), kept_rows(root, asked_by), asked_by)
+    return [met(g, rows + shipped_rows(root)) for g in GOALS]
+
+def show_goals(table):
+    "The goals as a `Table` for people."
+    number = lambda x: '' if x is None else f'{x:.4g}'
+    return Table([{'goal': r['goal'], 'aimed for': f'{"at least" if r["better"] > 0 else "at most"} {r["figure"]:g}', 'here': number(r['reached']), 'interval': ' to '.join(map(number, r['interval'] or ())), 'null': number(r['null']),
+                   'worst game': r['worst'] or '', 'verdict': r['verdict'], 'profile': r['profile'] or '', 'chapter': r['chapter']} for r in table])

@@ -50,6 +50,7 @@ def parser():
     c = sub.add_parser('claims', help='the ledger of a run'); c.add_argument('run', nargs='+', help='the run folder, or several that differ in the seed'); c.add_argument('--json', action='store_true', help='as JSON')
     c.add_argument('--markdown', action='store_true', help='as a Markdown table'); c.add_argument('--into', metavar='FILE', help='write the Markdown table between the claims markers of this file')
     c.add_argument('--longest', action='store_true', help='let the runs behind pretrained/ speak for claims that they measured at a larger budget')
+    c.add_argument('--goals', action='store_true', help="the book's own goals and which of them are met, by the longest runs")
     b = sub.add_parser('bench', help='measure speed'); b.add_argument('name', nargs='?', help=f'one of {", ".join(BENCHES)} (default: all)'); b.add_argument('--json', metavar='FILE', help='also write the rows there')
     o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/, and execute the notebooks that are no stage'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
     w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, motion_tokenizer; agent: all that plays, scored and checked; or a chapter, such as A2_ablations: its figures alone')
@@ -116,7 +117,9 @@ def command_unpack(a): print(f'run: {unpack_run(a.folder, a.run)}')
 def command_status(a): print(status_table(a.run))
 
 def command_claims(a):
-    from atari_hrvq.claims import ledger_over, longest_ledger, show_claims
+    from atari_hrvq.claims import goals_met, ledger_over, longest_ledger, show_claims, show_goals
+    require(not a.goals or len(a.run) == 1 and not (a.longest or a.markdown or a.into), 'claims: --goals is for one run, with nothing but --json')
+    if a.goals: table = goals_met(a.run[0]); return print(json.dumps(table, indent=1) if a.json else show_goals(table))
     made = read_json(Path(a.run[0]) / 'run.json', {})
     require(len(a.run) == 1 or not a.longest, 'claims: --longest is for one run')
     if len(a.run) > 1: made['seed'] = ', '.join(str(read_json(Path(f) / 'run.json', {}).get('seed')) for f in a.run)

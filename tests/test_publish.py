@@ -6,8 +6,8 @@ import re
 import nbformat
 import pytest
 from conftest import ROOT
-from atari_hrvq import cli, publish as P
-from atari_hrvq.core import BookError, write_json
+from atari_hrvq import claims, cli, publish as P
+from atari_hrvq.core import BookError, write_atomic, write_json
 
 v4 = nbformat.v4
 DOT = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
@@ -293,6 +293,30 @@ def test_claims_into_a_file(tmp_path, capsys):
     assert cli.main(['claims', str(tmp_path), '--markdown']) == 0 and '| it dreams |' in capsys.readouterr().out
     for arguments, expected in ((['--into', str(tmp_path / 'none.md')], 'does not exist'), (['--into', str(tmp_path / 'run.json')], 'does not hold the lines'), (['--json', '--markdown'], 'give one of')):
         assert cli.main(['claims', str(tmp_path), *arguments]) == 2 and expected in capsys.readouterr().err
+
+
+def test_goals_by_the_longest_run(tmp_path, capsys):
+    "The larger budget speaks, a run on fewer games does not, and the shipped agent is judged by its own scores beside random play and PPO."
+    def made(folder, profile, games, *rows):
+        write_json(folder / 'run.json', {'profile': profile, 'games': games, 'seed': 0})
+        write_atomic(folder / 'metrics.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
+    ratio = lambda value: {'chapter': '02_encoder', 'name': 'temporal_ratio', 'value': value, 'lo': value, 'hi': value, 'null': .5}
+    of = lambda goals, words: next(r for r in goals if r['goal'].startswith(words))
+    made(tmp_path / 'run', 'laptop', ['pong', 'breakout'], ratio(.3))
+    made(tmp_path / 'kept' / 'one', 'gpu', ['pong'], ratio(.1))                                                        # on one game of two: it does not speak
+    row = of(claims.goals_met(tmp_path / 'run', tmp_path / 'kept'), 'temporal ratio')
+    assert (row['reached'], row['verdict'], row['profile']) == (.3, 'missed', 'laptop')
+    made(tmp_path / 'kept' / 'two', 'overnight', ['pong', 'breakout'], ratio(.2), {'chapter': '09_ppo', 'name': 'model_free_score_long', 'game': 'pong', 'value': 10., 'lo': 9., 'hi': 11.})
+    row = of(claims.goals_met(tmp_path / 'run', tmp_path / 'kept'), 'temporal ratio')
+    assert (row['reached'], row['verdict'], row['profile']) == (.2, 'reached', 'overnight')
+    assert of(claims.goals_met(tmp_path / 'run', tmp_path / 'kept'), 'Pong, the shipped')['verdict'] == 'not measured'
+    made(tmp_path / 'kept' / 'three-games', 'overnight', ['pong', 'breakout', 'ms_pacman'])
+    write_json(tmp_path / 'kept' / 'three-games' / 'scores.json', {'pong': {'mean': 20., 'lo': 19.8, 'hi': 20.2, 'random': -20., 'random hi': -19.}})
+    goals = claims.goals_met(tmp_path / 'run', tmp_path / 'kept')
+    assert of(goals, 'Pong, the shipped')['verdict'] == 'reached on average' and of(goals, 'Breakout, the shipped')['verdict'] == 'not measured'
+    rows = {r['name']: r for r in claims.shipped_rows(tmp_path / 'kept')}
+    assert rows['shipped_above_random_play']['lo'] == 19.8 + 19 and abs(rows['shipped_above_model_free_PPO']['lo'] - 8.8) < 1e-9
+    assert cli.main(['claims', str(tmp_path / 'run'), '--goals']) == 0 and 'temporal ratio of the embeddings' in capsys.readouterr().out
 
 
 def test_what_stands_beside_the_book():

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode
 from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive, drop_checkpoint, file_hash, fingerprint, fit, in_half, load_checkpoint, load_tree, monitor, progress, read_json,
-                             repo_path, require, rng_for, save_checkpoint, seed_all, set_rate, write_json)
-from .dream import Contexts, DreamVectorEnv, losses_told, meetings, observation_size, observe, told_apart, told_of
+                             repo_path, require, rng_for, save_checkpoint, seed_all, set_rate, write_json, within)
+from .dream import SIDES, Contexts, DreamVectorEnv, ball_readers, losses_told, meetings, observation_size, observe, returned, told_apart, told_of
 from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, MIRROR, MIRRORED, mirrored, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
 from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, gae, log_prob_of, realised, rollout, score_of_play, standardised
@@ -27,7 +27,7 @@ __all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join
            'seen_after', 'real_returns', 'returns_to_hold', 'real_advantages', 'LoopConfig', 'replay_frames', 'head',
            'fresh_agent', 'study', 'known_before', 'tell', 'learn', 'going_on', 'dreaming_on', 'first_play',
            'Imitation', 'both_see', 'imitate', 'with_new_eyes', 'packed_replay', 'shipped_part', 'shipped_replay',
-           'remembered', 'random_play', 'train_agent', 'by_depth']
+           'remembered', 'random_play', 'train_agent', 'by_depth', 'who_returns']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -69,6 +69,7 @@ class Agent:
 
     def start(self, game, n, seed=0, learning=False):
         "Begin `n` games; `learning`: at temperature 1, as PPO takes its actions to be drawn."
+        require(n >= 1, f'expected one game or more to begin, got {n}')
         names = [game] * n if isinstance(game, str) else list(game)
         for g in names: require(g in self.games, f'this agent does not know {g!r}: expected one of {", ".join(self.games)}')
         require(len(names) == n, f'expected {n} names of games, got {len(names)}')
@@ -92,8 +93,10 @@ class Agent:
     def remember(self, frames, restart):
         "Take in what `act` is shown, and `previous`, the actions that led to it; what a copy of this agent that somebody else leads calls before it asks `opinion`."
         require(hasattr(self, 'game'), 'the agent has not begun: call start(game, n) first')
-        now = self.tokenizer.encode(torch.as_tensor(frames)[:, -1:]).to(self.device)
-        again = torch.as_tensor(restart, device=self.device)
+        frames, again, n = torch.as_tensor(frames), torch.as_tensor(restart, device=self.device), len(self.game)
+        require(frames.ndim == 4, f'expected frames uint8 [n, T, 84, 84], of which the newest is seen, got them of shape {list(frames.shape)}')
+        now = self.tokenizer.encode(frames[:, -1:]).to(self.device)
+        require(len(now) == n and again.shape == (n,), f'the agent plays {n} games: expected as many frames and as many words on whether each begins anew, got {len(now)} frames and restart of shape {tuple(again.shape)}')
         if self.codes is None:
             self.codes, self.actions, again = now[:, None].repeat(1, self.context, 1, 1), torch.zeros(len(now), self.context - 1, dtype=torch.long, device=self.device), torch.ones(len(now), dtype=torch.bool, device=self.device)
         else:
@@ -149,6 +152,7 @@ class Games:
 def play(agent, games, each, steps, seed, protocol='atari100k', desc='playing', workers=None):
     """Play `each` copies of every game for `steps` agent steps each, sampling from the policy. Returns {game: Episodes},
     one after the other; every episode has its own seed, so the result follows from seeds and actions, however many processes (`workers`; None: one a core beside a GPU, else this one) the games are in."""
+    require(games and each >= 1 and steps >= 1, f'expected games, copies of each and steps to play, got {list(games)}, {each} and {steps}')
     names = [g for g in games for _ in range(each)]
     envs = Games(names, protocol, workers or agent.workers)
     rows, seeds, now, restart = [[] for _ in names], [[] for _ in names], [None] * len(names), np.ones(len(names), bool)
@@ -368,6 +372,10 @@ class LoopConfig:
     entropy: float = .01      # what PPO pays for a nat of the policy's entropy
     falling: bool = False     # PPO's learning rate falls to zero in every round, not only in the last
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
+
+    def __post_init__(self):
+        counts = ('rounds', 'world_steps', 'iterations', 'first', 'begin_tokenizer', 'begin_world', 'tokenizer_steps', 'contrast', 'imitate', 'real_rows', 'real_actions', 'power', 'ending', 'entropy', 'lr', 'world_lr', 'begin_lr', 'tokenizer_lr')
+        within(self, **dict.fromkeys(counts, (0, None)), **dict.fromkeys(('envs', 'frames', 'dreams', 'horizon', 'batch', 'hidden', 'last'), (1, None)), **dict.fromkeys(('mix', 'corrupt', 'scheduled', 'hot', 'by_age'), (0, 1)), window=(2, None), real_steps=(self.envs, None))
 
 # %% ../nbs/10_agent.ipynb #replay
 def replay_frames(replay, games, size, newest=1, mirror=False):
@@ -642,3 +650,29 @@ def by_depth(agent, data, depths=(0, 16, 64), dreams=96, seed=0):
             rows.append({'game': g, 'dreamt steps': f'{a} to {b}', 'alive': float(alive[a].mean()), 'dreamt reward': float((r.rewards * alive)[a:b].sum() / n), 'dreamt endings': float((r.terminated * alive)[a:b].sum() / n), **real})
     return rows
 
+
+# %% ../nbs/10_agent.ipynb #returned
+@torch.no_grad()
+def who_returns(agent, tokens, game, depths=(0, 16, 32, 64), dreams=160, seed=0, wait=14):
+    """For each side of `game` in `SIDES`: how many balls come to it and the share that it sends back, with its standard error. One row for the play in `tokens`, and one for each stretch of `depths` (dreamt steps) of `dreams` that start anywhere in it and in which the policy acts."""
+    require(game in SIDES, f'{game} has no two sides that send a ball back: expected one of {", ".join(SIDES)}')
+    read = ball_readers(agent.tokenizer, game)['ball_x']
+    where = lambda codes: np.concatenate([read(c) for c in codes.split(2_000)])
+    envs = DreamVectorEnv(agent.world, Contexts({game: tokens}, agent.games, agent.context, hot=0.), dreams, depths[-1] + wait + 2, tensors=True)
+    (obs, info), generator = envs.reset(seed=derive(seed, 'returned', game) % 2**31), torch.Generator().manual_seed(derive(seed, 'returned', game))
+    seen = [envs.cache.codes]
+    for _ in range(depths[-1] + wait + 1):
+        chances = agent.policy(obs, info['action_mask'])[0].softmax(-1).cpu()
+        obs, _, _, _, info = envs.step(torch.multinomial(chances, 1, generator=generator)[:, 0])
+        seen.append(envs.cache.codes)
+    dreamt, played = torch.stack(seen, 1).to(torch.uint8), [where(tokens.codes[tokens.episode == e]) for e in tokens.episode.unique()]
+    x = where(dreamt.flatten(0, 1).cpu()).reshape(dreamt.shape[:2])
+    counted = {side: (returned(x, *rule, wait), [returned(p[None], *rule, wait)[1] for p in played]) for side, rule in SIDES[game].items()}
+    def row(name, of):
+        said = {'where': name}
+        for side, sent in of.items():
+            p = float(sent.mean()) if len(sent) else None
+            said |= {f'to the {side}': len(sent), f'the {side} returned': p, f'its error, {side}': (p * (1 - p) / len(sent)) ** .5 if len(sent) else None}
+        return said
+    return [row('the game', {side: np.concatenate(real) for side, (_, real) in counted.items()}),
+            *(row(f'dreams, steps {a} to {b}', {side: sent[(at >= a) & (at < b)] for side, ((at, sent), _) in counted.items()}) for a, b in zip(depths, depths[1:], strict=False))]

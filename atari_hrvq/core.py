@@ -15,8 +15,8 @@ import safetensors.torch as st
 from tqdm.std import tqdm
 
 # %% auto #0
-__all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'WIDEST', 'BookError', 'require', 'choices', 'pick',
-           'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'lacks_bf16', 'in_half', 'Graphed',
+__all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'WIDEST', 'BookError', 'require', 'within', 'choices',
+           'pick', 'parse_games', 'derive', 'rng_for', 'seed_all', 'best_device', 'lacks_bf16', 'in_half', 'Graphed',
            'set_rate', 'cores', 'one_thread', 'count_parameters', 'symlog', 'symexp', 'reward_bins', 'two_hot', 'pack',
            'unpack', 'write_atomic', 'write_json', 'save_tree', 'load_arrays', 'load_tree', 'file_hash', 'put_in_place',
            'Pretrained', 'load_weights', 'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw', 'settings',
@@ -32,6 +32,12 @@ class BookError(Exception):
 def require(condition, message):
     "Raise `BookError(message)` unless `condition` holds."
     if not condition: raise BookError(message)
+
+def within(config, **bounds):
+    "Raise unless each named field of a configuration lies in its `(low, high)`, both of them allowed; None: no bound."
+    for name, (low, high) in bounds.items():
+        value, said = getattr(config, name), f'from {low} to {high}' if None not in (low, high) else f'{low} or more' if high is None else f'{high} or less'
+        require((low is None or value >= low) and (high is None or value <= high), f'{type(config).__name__}: {name} is {said}, got {value}')
 
 def choices(what, given, known):
     "Raise unless `given` is one of `known`; the sentence lists what is known."
@@ -259,7 +265,7 @@ class Pretrained(torch.nn.Module):
         folder = _local_folder(folder)
         try: config = json.loads((folder / 'config.json').read_text())
         except (OSError, ValueError): raise BookError(f'{folder}/config.json is missing or damaged: expected the folder of a saved {cls.__name__}') from None
-        require(isinstance(config, dict) and config.pop('class', None) == cls.__name__, f'{folder} does not hold a {cls.__name__}: load it with the class that its config.json names')
+        require(isinstance(config, dict) and config.pop('class', None) == cls.__name__, f'{folder} does not hold {"an" if cls.__name__[0] in "AEIOU" else "a"} {cls.__name__}: load it with the class that its config.json names')
         try: model = cls(_build(cls.Config, config))
         except TypeError as e: raise BookError(f'{folder}/config.json is of another version of {cls.__name__}: {e}') from None
         load_weights(model, folder / 'model.safetensors')
@@ -358,6 +364,7 @@ class FitConfig:
     half: bool = False            # matrix products in bf16 on a CPU (`in_half`)
     checkpoint_s: float = float(os.environ.get('ATARI_HRVQ_CHECKPOINT_S', 20))   # seconds between checkpoints
     log_points: int = 200         # rows kept in the history
+    def __post_init__(self): within(self, **dict.fromkeys(('steps', 'lr', 'warmup', 'final', 'weight_decay', 'clip', 'checkpoint_s'), (0, None)), log_points=(1, None))
 
 def learning_rate(k, c):
     "The learning rate of step `k` (from 0) under `FitConfig` `c`."

@@ -19,10 +19,10 @@ from .hrvq import BALL_BOX, Tokenizer, ball_position
 from .world import WorldModel, evenly, f1, load_tokens, token_batches, uniform
 
 # %% auto #0
-__all__ = ['MEETINGS', 'FLIGHTS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv',
+__all__ = ['MEETINGS', 'SIDES', 'FLIGHTS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv',
            'make_dream', 'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate',
            'untouched_within', 'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of',
-           'balls_back', 'flights', 'flown', 'by_speed', 'endings_told', 'dream_gif', 'reliability']
+           'balls_back', 'returned', 'flights', 'flown', 'by_speed', 'endings_told', 'dream_gif', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -320,6 +320,28 @@ def balls_back(world, tokenizer, tokens, at, missed, game, context=8, early=0, a
     read, dreamt = ball_readers(tokenizer, name)[axis], open_loop(world, tokens, game, context, early + max(after), starts, seed=seed).codes
     seen = lambda frames: np.any([read(codes) < line for codes in frames], 0)                # what is not seen is NaN
     return seen(dreamt[:, early + k - 1] for k in after), seen(tokens.codes[at[fits] + k] for k in after), missed[fits]
+
+# %% ../nbs/08_dream.ipynb #sides
+SIDES = {'pong': {'player': (1, 125), 'other side': (-1, 85)}}            # which way a ball comes to it in ball_x, and the line behind which it is there
+
+def returned(x_BT, way, line, wait=14, least=1., near=15):
+    """Balls that come to a side, `(step int64 [M], sent bool [M])`: one row an approach, at its last step towards that side, and whether it was sent back.
+
+    `x` float [B, T]: where the ball is, NaN where none is seen; it comes by more than `least` a step in the direction `way` (1 or -1) and is there behind `line`. Sent back: within `wait` steps it goes the other way, at most `near` in front of the line (further off a new ball has been served).
+    An approach whose `wait` steps are not all in T is left out, a hit like a miss."""
+    steps, sent = [], []
+    for x in way * np.asarray(x_BT, float):
+        moves, t, T = np.diff(x), 0, len(x)
+        while t < T - 1:
+            if moves[t] > least and x[t + 1] > way * line:
+                last = t + 1
+                while last < T - 1 and moves[last] > least: last += 1
+                if last + wait >= T - 1: break
+                away = np.flatnonzero(moves[last:last + wait] < -least)
+                steps.append(last); sent.append(len(away) > 0 and x[last + away[0]] > way * line - near)
+                t = last + (away[0] if len(away) else wait)
+            t += 1
+    return np.array(steps, np.int64), np.array(sent, bool)
 
 # %% ../nbs/08_dream.ipynb #flights
 FLIGHTS = {'pong': (60, 160), 'breakout': (98, 168)}              # where a ball flies free: between the paddles; between the lowest bricks and what the glasses take for paddle

@@ -131,6 +131,7 @@ def make_env(game, protocol='atari100k', stack=4, ram=False, life_loss_ends=Fals
 
 def make_vec_env(game, n, protocol='atari100k', life_loss_ends=False):
     "`n` copies as a `SyncVectorEnv`; autoreset at the next step, whose action is ignored."
+    require(n >= 1, f'expected at least one copy of {game}, got {n}')
     return gym.vector.SyncVectorEnv([lambda: make_env(game, protocol, life_loss_ends=life_loss_ends) for _ in range(n)])
 
 # %% ../nbs/01_frames.ipynb #ram

@@ -138,6 +138,7 @@ class Tokenizer(Pretrained):
     @torch.no_grad()
     def decode_foreground(self, codes, levels=None, chunk=512, game=None):
         "codes uint8 [N, P, L] -> float [N, 84, 84]: what differs from the background, in units of 64 gray levels. `game` int64 [N] is for tokenizers whose codes depend on it."
+        require(codes.shape[1:] == (self.config.grid ** 2, self.config.levels), f'expected codes [N, {self.config.grid ** 2}, {self.config.levels}], got {list(codes.shape)}: they are of another tokenizer')
         return torch.cat([self.decoder(self.embed(c, levels))[:, 0] for c in codes.split(chunk)])
 
     @torch.no_grad()

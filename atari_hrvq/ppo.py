@@ -12,7 +12,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import nn
 from .core import (Pretrained, choices, derive, fingerprint, load_checkpoint, monitor, progress, require, reward_bins, save_checkpoint, seed_all, set_rate,
-                             symexp, symlog, two_hot)
+                             symexp, symlog, two_hot, within)
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'LIVES', 'POINTS', 'gae', 'realised', 'ActorCriticConfig', 'mixed', 'ActorCritic', 'Rollout',
@@ -151,6 +151,7 @@ class PPOConfig:
     advantage: str = 'standardised' # or 'range': over the range of the game's returns, not centred
     objective: str = 'ppo'          # of the policy: 'ppo', 'pmpo' or 'reinforce'
     kl_cost: float = .3             # of leaving the policy that played; PMPO only
+    def __post_init__(self): within(self, gamma=(0, 1), lam=(0, 1), **dict.fromkeys(('lr', 'clip', 'value_cost', 'entropy_cost', 'max_grad', 'kl_cost'), (0, None)), epochs=(1, None), minibatches=(1, None))
 
 def mean_of(x_N, weight_N=None):
     "The mean of `x`, or of the rows that `weight` counts."

@@ -154,10 +154,11 @@ def chapter_card(run, chapter):
     rows = read_jsonl(run / 'metrics' / f'{chapter}.jsonl')
     made, took, manifest = (read_json(run / p, {}) for p in ('run.json', f'stages/{chapter}.json', 'manifest.json'))
     machine, with_ = manifest.get('hardware') or hardware(), manifest.get('versions') or versions()          # a run of plain papermill has no manifest
+    began = {'pretrained': ' going on from the shipped weights,', 'replay': ' going on from the shipped weights and their replay,'}.get(made.get('start'), '')
     number = lambda r, k: f'{r[k]:.4g}' if r.get(k) is not None else ''
     figures = [{'figure': r['name'], 'game': r.get('game') or 'all', 'value': number(r, 'value'), 'interval': f'{number(r, "lo")} to {number(r, "hi")}' if 'lo' in r else '', 'null': number(r, 'null'), 'seeds': r.get('seeds'), 'frames': r.get('frames'), 'note': r.get('note')}
                for r in rows if 'name' in r]
-    return f"""Made by chapter `{chapter}` at profile `{made['profile']}`, games {', '.join(made['games'])}, seed {made['seed']}, in {clock(took['seconds'])} on
+    return f"""Made by chapter `{chapter}` at profile `{made['profile']}`, games {', '.join(made['games'])}, seed {made['seed']},{began} in {clock(took['seconds'])} on
 {machine['cpu']}, {machine['cores']} cores, GPU: {machine['gpu'] or 'none'}; torch {with_['torch']}, ale-py {with_['ale-py']}.
 `metrics.jsonl` holds every figure and learning curve of the chapter; those below are what the same run measured, on held-out episodes.
 

@@ -413,6 +413,10 @@ class WorldModel(Pretrained):
     def check_tokenizer(self, tokenizer):
         require(self.config.tokenizer == tokenizer.hash(), f'the world model was trained on tokens of tokenizer {self.config.tokenizer}, this one is {tokenizer.hash()}: load the two that belong together')
 
+    def check_codes(self, codes):
+        P, L = self.config.grid ** 2, self.config.levels
+        require(codes.shape[-2:] == (P, L), f'expected codes of {P} cells and {L} levels, got them of shape {tuple(codes.shape)}: they are of another tokenizer')
+
     def vectors(self, codes):
         "Scaled cell vectors [..., P, cell_dim] of integer codes [..., P, L]."
         codes = codes.long()
@@ -438,6 +442,7 @@ class WorldModel(Pretrained):
     def forward(self, codes_BTPL, actions_BT, game_B, following_BTPL):
         "Teacher-forced `WorldOutput`; `following` are the codes of the next frames."
         B, T = actions_BT.shape
+        self.check_codes(codes_BTPL)
         z = self.vectors(codes_BTPL)
         h, aux = self.trunk(z, actions_BT, game_B)
         logits = self.heads(h.flatten(0, 1), self.recent(z).flatten(0, 1), following_BTPL.long().flatten(0, 1))
@@ -507,6 +512,7 @@ def _start(self, codes_BCPL, actions_BC1, game_B):
     "A `Cache` from a context of C frames and the C - 1 actions between them."
     B, C = codes_BCPL.shape[:2]
     require(C >= 2 and actions_BC1.shape[1] == C - 1, f'a context needs at least 2 frames and one action between each two, got {C} frames and {actions_BC1.shape[1]} actions')
+    self.check_codes(codes_BCPL)
     z, kept = self.vectors(codes_BCPL), []
     h, _ = self.trunk(z[:, :-1], actions_BC1, game_B, kept)
     return Cache(fill_rings(self.blocks, kept), torch.full((B,), C - 1, device=z.device), C - 1, codes_BCPL[:, -1].long(), self.recent(z)[:, -1], h[:, -1], game_B.clone())

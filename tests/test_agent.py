@@ -3,13 +3,14 @@ import copy
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from atari_hrvq import agent as module, world as world_module
 from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, GameVectorEnv, Imitation, LoopConfig, both_see, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, imitate, improve, join_tokens, learn, play, real_advantages, real_returns, remembered, replay_frames, returns_to_hold, study, train_agent, with_new_eyes
-from atari_hrvq.dream import Contexts
+from atari_hrvq.dream import Contexts, observation_size
 from atari_hrvq.core import PROFILES, BookError, Stage, derive, load_checkpoint, save_tree
 from atari_hrvq.evaluate import what_if
 from atari_hrvq.frames import LEGAL, make_env, MIRROR, MIRRORED, RandomPolicy, action_mask, collect, load_stored, mirrored, store_episodes
@@ -440,6 +441,26 @@ def test_dreams_are_counted_by_depth(parts):
         assert r['real endings'] == pytest.approx(float(data[r['game']].done.float().mean())) and r['real reward'] == pytest.approx(float(data[r['game']].rewards.sign().mean()))
 
 
+def test_who_returns_the_ball(parts, monkeypatch):
+    "A dream and a game whose codes are the steps of a known path: to the player and back, then past the other side; with stretches by the step of the meeting, and what the last steps leave open uncounted."
+    path = np.array([100., 110, 120, 130, 140, 130, 120, 110, 100, 90, 80, 70, *[np.nan] * 5, *[100.] * 4, 110, 120, 130, 140, *[130.] * 3])
+    class Scripted:
+        def __init__(self, world, contexts, dreams, horizon, tensors): self.dreams, self.size = dreams, observation_size(world)
+        def look(self): self.cache = SimpleNamespace(codes=torch.full((self.dreams, 9, 3), self.at)); return torch.zeros(self.dreams, self.size)
+        def reset(self, seed): self.at = 0; return self.look(), {'action_mask': torch.from_numpy(action_mask('pong')).repeat(self.dreams, 1)}
+        def step(self, actions): self.at += 1; return self.look(), None, None, None, {'action_mask': torch.from_numpy(action_mask('pong')).repeat(self.dreams, 1)}
+    monkeypatch.setattr(module, 'DreamVectorEnv', Scripted)
+    monkeypatch.setattr(module, 'ball_readers', lambda tokenizer, game: {'ball_x': lambda codes: path[codes[:, 0, 0].long().numpy()]})
+    steps = torch.arange(20).repeat(2)                                       # two games of twenty steps: the next serve is not the end of this one
+    zeros = torch.zeros(40)
+    tokens = Tokens(steps[:, None, None].expand(40, 9, 3).to(torch.uint8), steps * 0, zeros, zeros.bool(), torch.arange(2).repeat_interleave(20))
+    agent = fresh(parts)[0]
+    game, young, old = module.who_returns(agent, tokens, 'pong', (0, 8, 16), 5, wait=4)
+    told = lambda row: [row[k] for k in ('to the player', 'the player returned', 'to the other side', 'the other side returned')]
+    assert told(game) == [2, 1., 2, 0.] and told(young) == [5, 1., 0, None] and told(old) == [0, None, 5, 0.]
+    assert (game['its error, player'], young['its error, other side']) == (0., None) and [r['where'] for r in (game, young, old)] == ['the game', 'dreams, steps 0 to 8', 'dreams, steps 8 to 16']
+
+
 def test_bad_input(parts, tmp_path):
     agent, _, _ = fresh(parts)
     with pytest.raises(BookError, match='does not know'): agent.start('ms_pacman', 1)
@@ -448,6 +469,19 @@ def test_bad_input(parts, tmp_path):
     other.quantizer.start(torch.randn(500, 8))
     with pytest.raises(BookError, match='load the two that belong together'): Agent(other, agent.world, agent.policy)
     with pytest.raises(BookError, match='does not hold an Agent'): Agent.from_pretrained(tmp_path)
+    frames, begins = np.zeros((2, 1, 84, 84), np.uint8), np.ones(2, bool)
+    with pytest.raises(BookError, match='one game or more to begin, got 0'): agent.start('pong', 0)
+    agent.start('pong', 2)
+    for f, b, expected in ((frames[:1], begins[:1], 'plays 2 games.*got 1 frames'), (frames, begins[:1], r'plays 2 games.*restart of shape \(1,\)'), (frames[:, 0], begins, r'got them of shape \[2, 84, 84\]')):
+        with pytest.raises(BookError, match=expected): agent.act(f, b)
+        assert agent.codes is None                                          # nothing was taken in
+    with pytest.raises(BookError, match=r"games, copies of each and steps to play, got \['pong'\], 0 and 5"): play(agent, ['pong'], 0, 5, 0)
+    with pytest.raises(BookError, match='no two sides.*expected one of pong'): module.who_returns(agent, None, 'breakout')
+
+
+@pytest.mark.parametrize('field, value, expected', [('rounds', -1, '0 or more, got -1'), ('dreams', 0, '1 or more, got 0'), ('mix', 1.5, 'from 0 to 1, got 1.5'), ('window', 1, '2 or more'), ('real_steps', 1, '2 or more, got 1'), ('lr', -.1, '0 or more'), ('lr', float('nan'), 'got nan')])
+def test_a_loop_of_impossible_numbers(field, value, expected):
+    with pytest.raises(BookError, match=f'LoopConfig: {field} is .*{expected}'): replace(LOOP, **{field: value})
 
 
 def test_tokens_are_encoded_once_a_tokenizer(parts, tmp_path, monkeypatch):

@@ -80,6 +80,7 @@ def test_pretrained_round_trip_and_misfits(tmp_path):
     (tmp_path / 'net' / 'config.json').write_text(json.dumps({**config, 'depth': 9}))
     with pytest.raises(BookError, match='another version'): Net.from_pretrained(tmp_path / 'net')
     with pytest.raises(BookError, match='is not a folder'): Net.from_pretrained(tmp_path / 'nothing')
+    with pytest.raises(BookError, match='FitConfig: steps is 0 or more, got -3'): core.FitConfig(-3)
 
 
 @pytest.mark.parametrize('kill_at', [1, 13, 29])

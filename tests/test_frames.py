@@ -145,7 +145,7 @@ def test_positions_on_the_screen_are_where_the_sprites_are():
     (lambda: collect('pong', RandomPolicy('pong'), 9, 0, frames=np.zeros((3, 84, 84), np.uint8)), 'to hold 9 steps'), (lambda: regenerate('pong', 'atari100k', [-1], [0], [0]), 'a seed for the first'),
     (lambda: ReadingPolicy('freeway'), 'no reading policy'), (lambda: make_env('pong', 'fast'), 'unknown protocol'),
     (lambda: make_env('pong').step(17), 'illegal in pong'), (lambda: collect('pong', RandomPolicy('pong'), 0, 0), 'steps must be positive'),
-    (lambda: state_labels('pong', np.zeros((2, 64), np.uint8)), 'RAM must have shape')])
+    (lambda: make_vec_env('pong', 0), 'at least one copy of pong, got 0'), (lambda: state_labels('pong', np.zeros((2, 64), np.uint8)), 'RAM must have shape')])
 def test_bad_input(call, message):
     with pytest.raises(BookError, match=message): call()
 

@@ -345,6 +345,8 @@ def test_it_learns_the_corridor(options):
 
 def test_an_unknown_objective_is_one_sentence():
     with pytest.raises(BookError, match="objective.*'trpo'"): PPO(small(), PPOConfig(objective='trpo'))
+    for wrong, expected in (({'gamma': 1.2}, 'gamma is from 0 to 1, got 1.2'), ({'clip': -.1}, 'clip is 0 or more'), ({'epochs': 0}, 'epochs is 1 or more, got 0')):
+        with pytest.raises(BookError, match=f'PPOConfig: {expected}'): PPOConfig(**wrong)
 
 
 def test_the_sign_alone_counts_in_pmpo():

@@ -162,6 +162,7 @@ def test_tokenizer_saves_and_loads(tmp_path):
     assert torch.equal(t.encode(frames), t.encode(frames[:, -1:])) and t.decode(t.encode(frames), 1).shape == (20, 84, 84)
     with pytest.raises(BookError, match='does not know'): t.game_index('ms_pacman')
     with pytest.raises(BookError, match='uint8'): t.encode(frames.float())
+    with pytest.raises(BookError, match=r'expected codes \[N, 9, 3\], got \[2, 16, 3\]: they are of another tokenizer'): t.decode(torch.zeros(2, 16, 3, dtype=torch.uint8), 0)
 
 
 def test_sharing_of_known_answers():

@@ -363,6 +363,8 @@ def step_at(model, temperature):
     (lambda m: envs(m).step([3] * 4), 'call reset first'),
     (lambda m: (e := envs(m), e.reset(seed=0), e.step([3, 3, 17, 3])), 'action 17 is illegal in dream 2'),
     (lambda m: m.start(torch.zeros(1, 9, 1, 2, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long), torch.zeros(1, dtype=torch.long)), 'got 9 frames and 9 actions'),
+    (lambda m: m.start(torch.zeros(1, 3, 4, 2, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long)), r'codes of 1 cells and 2 levels, got them of shape \(1, 3, 4, 2\): they are of another tokenizer'),
+    (lambda m: m(torch.zeros(1, 3, 1, 3, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1, 3, 1, 3, dtype=torch.uint8)), 'another tokenizer'),
     (lambda m: WorldModel(WorldConfig(experts=(1, 2), windows=(4,))), 'one entry a layer'),
     (lambda m: WorldModel(WorldConfig(heads=3, dim=32)), 'multiple of twice the heads'),
     (lambda m: WorldModel(WorldConfig(heads=4, dim=12)), 'multiple of twice the heads'),

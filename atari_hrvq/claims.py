@@ -214,7 +214,7 @@ GOALS = [Goal(*g[:4], **(g[4] if len(g) > 4 else {})) for g in (
     ('the same above model-free PPO of the longest run', '14_pretrained', ('shipped_above_model_free_PPO',), 0., dict(games=ALL, part='lo', null=False)))]
 
 # %% ../nbs/12_claims.ipynb #met
-def asked_by(r): return next((g.goal for g in GOALS if g.asks(r)), None)          # the goal that needs a row
+def asked_by(r): return next((g.goal for g in GOALS if g.asks(r)), None) if r.get('name') else None      # the goal that needs a row; curves are not asked
 
 def part_of(goal, rows, name, game):
     "`(value, lo, hi, null)` of `goal` for the metrics that fit the pattern `name`, of `game` (None: of any): the mean over `rows`, with None for what one of them lacks; None where there are no rows."
@@ -257,8 +257,8 @@ def shipped_rows(root='pretrained'):
 def goals_met(folder, root='pretrained'):
     "The goals of the book, one row each: what the run in `folder` says, or a run behind `root` where that had a larger budget; and what is known of the shipped agent."
     made = made_with(folder)
-    rows = longest(read_metrics(folder), made['profile'], len(made['games']), kept_rows(root, asked_by), asked_by)
-    return [met(g, rows + shipped_rows(root)) for g in GOALS]
+    rows = longest(read_metrics(folder), made['profile'], len(made['games']), kept_rows(root, asked_by), asked_by) + shipped_rows(root)
+    return [met(g, rows) for g in GOALS]
 
 def show_goals(table):
     "The goals as a `Table` for people."

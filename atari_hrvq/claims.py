@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 from .core import PROFILES, SHIPPED, Stage, Table, choices, read_json, read_jsonl, read_metrics, repo_path, require, write_atomic, write_json
+from .evaluate import human_normalised
 
 # %% auto #0
 __all__ = ['CLAIMS', 'CHAPTER_OF', 'ALL', 'BALLS', 'LEVEL_0', 'GOALS', 'Claim', 'verdict', 'claim_row', 'ledger', 'show_claims',
@@ -210,6 +211,7 @@ GOALS = [Goal(*g[:4], **(g[4] if len(g) > 4 else {})) for g in (
     ('Pong, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 19.9, dict(games=('pong',))),
     ('Breakout, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 149, dict(games=('breakout',))),
     ('MsPacman, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 2673, dict(games=('ms_pacman',))),
+    ('human-normalised score of the shipped agent, mean of the games', '14_pretrained', ('shipped_human_normalised',), 2.),
     ('points of the shipped agent above random play, its lower end over their upper', '14_pretrained', ('shipped_above_random_play',), 0., dict(games=ALL, part='lo', null=False)),
     ('the same above model-free PPO of the longest run', '14_pretrained', ('shipped_above_model_free_PPO',), 0., dict(games=ALL, part='lo', null=False)))]
 
@@ -246,7 +248,9 @@ def shipped_rows(root='pretrained'):
     profile = read_json(folder / 'run.json', {}).get('profile')
     add = lambda name, game, value, lo=None, hi=None, null=None: rows.append({'chapter': '14_pretrained', 'name': f'shipped_{name}', 'game': game, 'value': value, 'lo': lo, 'hi': hi, 'null': null, 'profile': profile})
     free = {r['game']: r for r in kept_rows(root, lambda r: r.get('name') == 'model_free_score_long')}
-    for g, s in read_json(folder / 'scores.json', {}).items():
+    scores = read_json(folder / 'scores.json', {})
+    if set(scores) == set(ALL): add('human_normalised', None, *(sum(human_normalised(g, s[k]) for g, s in scores.items()) / len(ALL) for k in ('mean', 'lo', 'hi', 'random')))      # of intervals the mean of the ends: never too narrow
+    for g, s in scores.items():
         add('score', g, s['mean'], s['lo'], s['hi'], s['random'])
         add('above_random_play', g, s['mean'] - s['random'], s['lo'] - s['random hi'])
         if g in free: add('above_model_free_PPO', g, s['mean'] - free[g]['value'], s['lo'] - free[g]['hi'])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import nbformat
+import numpy as np
 import pytest
 from conftest import ROOT
 from atari_hrvq import claims, cli, publish as P
@@ -316,6 +317,10 @@ def test_goals_by_the_longest_run(tmp_path, capsys):
     assert of(goals, 'Pong, the shipped')['verdict'] == 'reached on average' and of(goals, 'Breakout, the shipped')['verdict'] == 'not measured'
     rows = {r['name']: r for r in claims.shipped_rows(tmp_path / 'kept')}
     assert rows['shipped_above_random_play']['lo'] == 19.8 + 19 and abs(rows['shipped_above_model_free_PPO']['lo'] - 8.8) < 1e-9
+    assert 'shipped_human_normalised' not in rows                                                                      # one game is no mean of three
+    write_json(tmp_path / 'kept' / 'three-games' / 'scores.json', {g: {'mean': 1.5 * human - .5 * none, 'lo': human, 'hi': 2 * human - none, 'random': none, 'random hi': none} for g, human, none in (('pong', 14.6, -20.7), ('breakout', 30.5, 1.7), ('ms_pacman', 6951.6, 307.3))})
+    row = of(claims.goals_met(tmp_path / 'run', tmp_path / 'kept'), 'human-normalised score of the shipped')
+    assert np.allclose([row['reached'], *row['interval'], row['null']], [1.5, 1., 2., 0.]) and row['verdict'] == 'missed'
     assert cli.main(['claims', str(tmp_path / 'run'), '--goals']) == 0 and 'temporal ratio of the embeddings' in capsys.readouterr().out
 
 

@@ -527,8 +527,8 @@ def test_ledger(smoke):
 def test_goals_find_the_metrics_of_their_chapters(smoke, tmp_path):
     "A goal whose metric no chapter writes would stay unmeasured for ever: without anything shipped, only those are that a run in seconds has too few frames or seeds for."
     goals = goals_met(smoke, tmp_path)
-    missing = {r['goal']: r['chapter'] for r in goals if r['verdict'] == 'not measured'}
-    assert len(goals) == len(GOALS) and set(missing.values()) <= {'05_shared', '08_dream', '11_evaluate', '14_pretrained', 'A2_ablations'} and len(missing) <= 12, missing
+    missing = {r['goal']: r['chapter'] for r in goals if r['verdict'] == 'not measured' and r['chapter'] != '14_pretrained'}
+    assert len(goals) == len(GOALS) and set(missing.values()) <= {'05_shared', '08_dream', '11_evaluate', 'A2_ablations'} and len(missing) <= 7, missing
 
 
 def test_metrics_name_cells_and_are_valid_json(smoke):

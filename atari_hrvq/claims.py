@@ -8,13 +8,13 @@ import json
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
-from .core import PROFILES, SHIPPED, Stage, Table, choices, read_json, read_jsonl, read_metrics, repo_path, require, write_atomic, write_json
+from .core import GAMES, PROFILES, SHIPPED, Stage, Table, choices, read_json, read_jsonl, read_metrics, repo_path, require, write_atomic, write_json
 from .evaluate import human_normalised
 
 # %% auto #0
-__all__ = ['CLAIMS', 'CHAPTER_OF', 'ALL', 'BALLS', 'LEVEL_0', 'GOALS', 'Claim', 'verdict', 'claim_row', 'ledger', 'show_claims',
-           'write_claims', 'is_claimed', 'kept_rows', 'longest', 'made_with', 'longest_ledger', 'ledger_over', 'Goal',
-           'asked_by', 'part_of', 'met', 'shipped_rows', 'goals_met', 'show_goals']
+__all__ = ['CLAIMS', 'CHAPTER_OF', 'BALLS', 'LEVEL_0', 'GOALS', 'Claim', 'verdict', 'mean_of', 'shown', 'claim_row', 'ledger',
+           'show_claims', 'write_claims', 'is_claimed', 'kept_rows', 'longest', 'made_with', 'longest_ledger',
+           'ledger_over', 'Goal', 'asked_by', 'part_of', 'met', 'shipped_rows', 'goals_met', 'show_goals']
 
 # %% ../nbs/12_claims.ipynb #claims
 class Claim(NamedTuple):
@@ -63,11 +63,16 @@ def verdict(claim, value, interval=None, null=None, profile='gpu', decisive=Fals
     return 'exceeded' if worst is not None and claim.better * worst > claim.better * claim.figure else 'reproduced'
 
 # %% ../nbs/12_claims.ipynb #ledger
+def mean_of(rows, k):
+    "The mean of `k` over `rows`; None where one of them lacks it, or there are none."
+    return sum(r[k] for r in rows) / len(rows) if rows and all(r.get(k) is not None for r in rows) else None
+
+def shown(x): return '' if x is None else f'{x:.4g}'
+
 def claim_row(rows):
     "One row for one claim: the first without a game, else the mean over the games; `{}` if there is none."
     if not rows or any(not r.get('game') for r in rows): return next((r for r in rows if not r.get('game')), {})
-    mean = lambda k: sum(r[k] for r in rows) / len(rows) if all(r.get(k) is not None for r in rows) else None
-    return {**rows[0], **{k: mean(k) for k in ('value', 'lo', 'hi', 'null')}, 'frames': sum(r['frames'] for r in rows) if mean('frames') else None}
+    return {**rows[0], **{k: mean_of(rows, k) for k in ('value', 'lo', 'hi', 'null')}, 'frames': sum(r['frames'] for r in rows) if mean_of(rows, 'frames') else None}
 
 def ledger(rows, profile):
     """The claims table from `metrics.jsonl` rows: a list of `{id, claim, original, ours, interval, null, verdict, profile, seeds, frames, chapter, cell}`.
@@ -90,9 +95,8 @@ def ledger(rows, profile):
 
 def show_claims(table):
     "The ledger as a `Table` for people."
-    number = lambda x: '' if x is None else f'{x:.4g}'
-    return Table([{'id': r['id'], 'claim': r['claim'], 'original': r['original'], 'ours': number(r['ours']), 'interval': '' if not r['interval'] else f'{number(r["interval"][0])} to {number(r["interval"][1])}',
-                   'null': number(r['null']), 'verdict': r['verdict'], 'profile': r['profile'] or '', 'seeds': r['seeds'], 'frames': r['frames'], 'where': f'{r["chapter"]} {r["cell"] or ""}'.strip()} for r in table])
+    return Table([{'id': r['id'], 'claim': r['claim'], 'original': r['original'], 'ours': shown(r['ours']), 'interval': '' if not r['interval'] else f'{shown(r["interval"][0])} to {shown(r["interval"][1])}',
+                   'null': shown(r['null']), 'verdict': r['verdict'], 'profile': r['profile'] or '', 'seeds': r['seeds'], 'frames': r['frames'], 'where': f'{r["chapter"]} {r["cell"] or ""}'.strip()} for r in table])
 
 def write_claims(folder, profile):
     "Compute the ledger of a run folder, write `claims.json` and `claims.md`, and return it."
@@ -115,11 +119,11 @@ def kept_rows(root='pretrained', asked=is_claimed):
 
 def longest(rows, profile, games, kept, key=lambda r: r.get('claim')):
     "For each claim (or other `key` of a row, None where it has none) the rows of the largest budget among `rows` of a run (`profile`, number of `games`) and those of `kept_rows`."
-    every = [({**r, 'profile': profile, 'games': games}, 1) for r in rows if key(r)] + [(r, 0) for r in kept if r['games'] >= games]
-    size = lambda r, mine: (r['games'], PROFILES.index(r['profile']), mine)
+    asked = [(key(r), {**r, 'profile': profile, 'games': games}, 1) for r in rows] + [(key(r), r, 0) for r in kept if r['games'] >= games]
+    every = [(k, r, (r['games'], PROFILES.index(r['profile']), mine)) for k, r, mine in asked if k]
     best = {}
-    for r, mine in every: best[key(r)] = max(best.get(key(r), (0,)), size(r, mine))
-    return [r for r, mine in every if size(r, mine) == best[key(r)]]
+    for k, _, size in every: best[k] = max(best.get(k, (0,)), size)
+    return [r for k, r, size in every if size == best[k]]
 
 def made_with(folder):
     "The parameters that a run folder was made with."
@@ -169,51 +173,51 @@ class Goal(NamedTuple):
                 and (said.startswith(self.note) or bool(self.against) and said.startswith(self.against)))
 
 # %% ../nbs/12_claims.ipynb #goal-list
-ALL, BALLS, LEVEL_0 = ('pong', 'breakout', 'ms_pacman'), ('pong', 'breakout'), 'level 0: motion first'
+BALLS, LEVEL_0 = ('pong', 'breakout'), 'level 0: motion first'
 
-GOALS = [Goal(*g[:4], **(g[4] if len(g) > 4 else {})) for g in (
-    ('temporal ratio of the embeddings', '02_encoder', ('temporal_ratio',), .22, dict(better=-1)),
-    ('diversity of the embeddings', '02_encoder', ('diversity',), 1.40),
-    ('state correlation', '02_encoder', ('state_correlation',), .65),
-    ('R² lost on frames of a policy never trained on, Pong and Breakout', '02_encoder', ('fidelity_unseen_*',), .10, dict(better=-1, games=BALLS, part='loss', null=False)),
-    ('R² lost on frames of a policy never trained on, MsPacman', '02_encoder', ('fidelity_unseen_*',), .10, dict(better=-1, games=('ms_pacman',), part='loss', null=False)),
-    ('Pong: ball_x and paddle from the codes, R²', '04_hrvq', ('fidelity_codes_ball_x', 'fidelity_codes_player_y'), .95, dict(games=('pong',))),
-    ('Breakout: ball and paddle from the codes, R²', '04_hrvq', ('fidelity_codes_ball_x', 'fidelity_codes_ball_y', 'fidelity_codes_paddle_x'), .90, dict(games=('breakout',))),
-    ('MsPacman: player from the codes, R²', '04_hrvq', ('fidelity_codes_player_x', 'fidelity_codes_player_y'), .90, dict(games=('ms_pacman',))),
-    ('MsPacman: each ghost from the codes, R²', '04_hrvq', tuple(f'fidelity_codes_{ghost}_?' for ghost in ('sue', 'inky', 'pinky', 'blinky')), .60, dict(games=('ms_pacman',))),
-    ('frames whose decoded picture shows the ball in its place', '04_hrvq', ('ball_recall',), .95, dict(games=BALLS)),
-    ('one codebook: codes used', '03_vq', ('usage',), 256),
-    ('one codebook: perplexity', '03_vq', ('perplexity',), 240),
-    ('three levels of the original preset: perplexity of the first', '04_hrvq', ('original_perplexity_0',), 240),
-    ('the same: of the second and the third', '04_hrvq', ('original_perplexity_1', 'original_perplexity_2'), 230),
-    ('reconstruction cosine of three levels', '04_hrvq', ('original_cosine',), .90),
-    ('level 0 says little about the game, bits', '05_shared', ('shared_bits_about_the_game',), .30, dict(better=-1, note=LEVEL_0)),
-    ('at a decoder error within 5%', '05_shared', ('shared_error_against_plain',), .05, dict(better=-1, note=LEVEL_0, null=False)),
-    ('codes that every game uses', '05_shared', ('shared_balanced_codes',), 125, dict(note=LEVEL_0)),
-    ('share of moving cells that they cover', '05_shared', ('shared_they_cover',), .53, dict(note=LEVEL_0)),
-    ('a direction of motion read by the table of the other games, bits', '05_shared', ('shared_X_direction*',), 1., dict(note=LEVEL_0)),
-    ('a new game in 2 epochs, of 10 from scratch: state fidelity and cosine', '05_shared', ('few_shot_state_fidelity', 'few_shot_cosine'), .90, dict(games=ALL, note='2 epochs', against='from scratch, 10 epochs')),
-    ('a new game in 2 epochs, of 10 from scratch: perplexity', '05_shared', ('few_shot_perplexity',), .90, dict(games=ALL, note='2 epochs', against='from scratch, 10 epochs')),
-    ('parameters of the world model, million', '07_world', ('parameters_million',), 11, dict(better=-1)),
-    ('changed tokens that the model predicts, mean of levels, held out', '07_world', ('changed_accuracy_[0-2]',), .90, dict(games=ALL)),
-    ('changed tokens of level 0 on frames of a policy never trained on', '07_world', ('changed_accuracy_fresh_0',), .80, dict(games=ALL, null=False)),
-    ("changed tokens of level 0 on the shipped agent's newest play", '14_pretrained', ('shipped_changed_accuracy',), .80, dict(games=ALL, null=False)),
-    ('Pong: ball within 5 pixels after 15 dreamt steps without a paddle', '08_dream', ('pong_ball_within_5px_15_untouched',), .80),
-    ('parameters that experts by layer save at no higher loss', 'A2_ablations', ('parameters_saved',), .40),
-    ('times that a step is faster than the flat model', 'A2_ablations', ('speed_up',), 2.8),
-    ('gain of temporal windows 50 steps ahead', 'A2_ablations', ('long_horizon_gain',), .15),
-    ('Pong, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 19.9, dict(games=('pong',))),
-    ('Breakout, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 149, dict(games=('breakout',))),
-    ('MsPacman, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 2673, dict(games=('ms_pacman',))),
-    ('human-normalised score, mean of the games', '11_evaluate', ('hns_mean',), 2.),
-    ('points above model-free PPO at equal real steps, lower end', '11_evaluate', ('gain_over_model_free_PPO',), 0., dict(games=ALL, part='lo', null=False)),
-    ('real steps that model-free PPO needs for the same score, times', '11_evaluate', ('sample_efficiency_of_game',), 10., dict(games=ALL)),
-    ('Pong, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 19.9, dict(games=('pong',))),
-    ('Breakout, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 149, dict(games=('breakout',))),
-    ('MsPacman, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 2673, dict(games=('ms_pacman',))),
-    ('human-normalised score of the shipped agent, mean of the games', '14_pretrained', ('shipped_human_normalised',), 2.),
-    ('points of the shipped agent above random play, lower end over upper', '14_pretrained', ('shipped_above_random_play',), 0., dict(games=ALL, part='lo', null=False)),
-    ('points of the shipped agent above model-free PPO of the longest run, too', '14_pretrained', ('shipped_above_model_free_PPO',), 0., dict(games=ALL, part='lo', null=False)))]
+GOALS = [
+    Goal('temporal ratio of the embeddings', '02_encoder', ('temporal_ratio',), .22, better=-1),
+    Goal('diversity of the embeddings', '02_encoder', ('diversity',), 1.40),
+    Goal('state correlation', '02_encoder', ('state_correlation',), .65),
+    Goal('R² lost on frames of a policy never trained on, Pong and Breakout', '02_encoder', ('fidelity_unseen_*',), .10, better=-1, games=BALLS, part='loss', null=False),
+    Goal('R² lost on frames of a policy never trained on, MsPacman', '02_encoder', ('fidelity_unseen_*',), .10, better=-1, games=('ms_pacman',), part='loss', null=False),
+    Goal('Pong: ball_x and paddle from the codes, R²', '04_hrvq', ('fidelity_codes_ball_x', 'fidelity_codes_player_y'), .95, games=('pong',)),
+    Goal('Breakout: ball and paddle from the codes, R²', '04_hrvq', ('fidelity_codes_ball_x', 'fidelity_codes_ball_y', 'fidelity_codes_paddle_x'), .90, games=('breakout',)),
+    Goal('MsPacman: player from the codes, R²', '04_hrvq', ('fidelity_codes_player_x', 'fidelity_codes_player_y'), .90, games=('ms_pacman',)),
+    Goal('MsPacman: each ghost from the codes, R²', '04_hrvq', tuple(f'fidelity_codes_{ghost}_?' for ghost in ('sue', 'inky', 'pinky', 'blinky')), .60, games=('ms_pacman',)),
+    Goal('frames whose decoded picture shows the ball in its place', '04_hrvq', ('ball_recall',), .95, games=BALLS),
+    Goal('one codebook: codes used', '03_vq', ('usage',), 256),
+    Goal('one codebook: perplexity', '03_vq', ('perplexity',), 240),
+    Goal('three levels of the original preset: perplexity of the first', '04_hrvq', ('original_perplexity_0',), 240),
+    Goal('the same: of the second and the third', '04_hrvq', ('original_perplexity_1', 'original_perplexity_2'), 230),
+    Goal('reconstruction cosine of three levels', '04_hrvq', ('original_cosine',), .90),
+    Goal('level 0 says little about the game, bits', '05_shared', ('shared_bits_about_the_game',), .30, better=-1, note=LEVEL_0),
+    Goal('at a decoder error within 5%', '05_shared', ('shared_error_against_plain',), .05, better=-1, note=LEVEL_0, null=False),
+    Goal('codes that every game uses', '05_shared', ('shared_balanced_codes',), 125, note=LEVEL_0),
+    Goal('share of moving cells that they cover', '05_shared', ('shared_they_cover',), .53, note=LEVEL_0),
+    Goal('a direction of motion read by the table of the other games, bits', '05_shared', ('shared_X_direction*',), 1., note=LEVEL_0),
+    Goal('a new game in 2 epochs, of 10 from scratch: state fidelity and cosine', '05_shared', ('few_shot_state_fidelity', 'few_shot_cosine'), .90, games=GAMES, note='2 epochs', against='from scratch, 10 epochs'),
+    Goal('a new game in 2 epochs, of 10 from scratch: perplexity', '05_shared', ('few_shot_perplexity',), .90, games=GAMES, note='2 epochs', against='from scratch, 10 epochs'),
+    Goal('parameters of the world model, million', '07_world', ('parameters_million',), 11, better=-1),
+    Goal('changed tokens that the model predicts, mean of levels, held out', '07_world', ('changed_accuracy_[0-2]',), .90, games=GAMES),
+    Goal('changed tokens of level 0 on frames of a policy never trained on', '07_world', ('changed_accuracy_fresh_0',), .80, games=GAMES, null=False),
+    Goal("changed tokens of level 0 on the shipped agent's newest play", '14_pretrained', ('shipped_changed_accuracy',), .80, games=GAMES, null=False),
+    Goal('Pong: ball within 5 pixels after 15 dreamt steps without a paddle', '08_dream', ('pong_ball_within_5px_15_untouched',), .80),
+    Goal('parameters that experts by layer save at no higher loss', 'A2_ablations', ('parameters_saved',), .40),
+    Goal('times that a step is faster than the flat model', 'A2_ablations', ('speed_up',), 2.8),
+    Goal('gain of temporal windows 50 steps ahead', 'A2_ablations', ('long_horizon_gain',), .15),
+    Goal('Pong, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 19.9, games=('pong',)),
+    Goal('Breakout, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 149, games=('breakout',)),
+    Goal('MsPacman, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 2673, games=('ms_pacman',)),
+    Goal('human-normalised score, mean of the games', '11_evaluate', ('hns_mean',), 2.),
+    Goal('points above model-free PPO at equal real steps, lower end', '11_evaluate', ('gain_over_model_free_PPO',), 0., games=GAMES, part='lo', null=False),
+    Goal('real steps that model-free PPO needs for the same score, times', '11_evaluate', ('sample_efficiency_of_game',), 10., games=GAMES),
+    Goal('Pong, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 19.9, games=('pong',)),
+    Goal('Breakout, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 149, games=('breakout',)),
+    Goal('MsPacman, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 2673, games=('ms_pacman',)),
+    Goal('human-normalised score of the shipped agent, mean of the games', '14_pretrained', ('shipped_human_normalised',), 2.),
+    Goal('points of the shipped agent above random play, lower end over upper', '14_pretrained', ('shipped_above_random_play',), 0., games=GAMES, part='lo', null=False),
+    Goal('points of the shipped agent above model-free PPO of the longest run, too', '14_pretrained', ('shipped_above_model_free_PPO',), 0., games=GAMES, part='lo', null=False)]
 
 # %% ../nbs/12_claims.ipynb #met
 def asked_by(r): return next((g.goal for g in GOALS if g.asks(r)), None) if r.get('name') else None      # the goal that needs a row; curves are not asked
@@ -222,10 +226,9 @@ def part_of(goal, rows, name, game):
     "`(value, lo, hi, null)` of `goal` for the metrics that fit the pattern `name`, of `game` (None: of any): the mean over `rows`, with None for what one of them lacks; None where there are no rows."
     mine = [r for r in rows if goal.asks(r) and fnmatch(r['name'], name) and (game is None or r.get('game') == game)]
     of, base = ([r for r in mine if str(r.get('note') or '').startswith(k)] for k in (goal.note, goal.against))
-    mean = lambda k, rs: sum(r[k] for r in rs) / len(rs) if rs and all(r.get(k) is not None for r in rs) else None
-    value, lo, hi, null = (mean(k, of) for k in ('value', 'lo', 'hi', 'null'))
+    value, lo, hi, null = (mean_of(of, k) for k in ('value', 'lo', 'hi', 'null'))
     if goal.against:
-        whole = mean('value', base)
+        whole = mean_of(base, 'value')
         return (value / whole, None, None, None) if value is not None and whole else None
     if goal.part == 'loss': return (null - value, None, None, None) if None not in (value, null) else None
     if goal.part == 'lo': value, lo, hi = lo, None, None
@@ -249,7 +252,7 @@ def shipped_rows(root='pretrained'):
     add = lambda name, game, value, lo=None, hi=None, null=None: rows.append({'chapter': '14_pretrained', 'name': f'shipped_{name}', 'game': game, 'value': value, 'lo': lo, 'hi': hi, 'null': null, 'profile': profile})
     free = {r['game']: r for r in kept_rows(root, lambda r: r.get('name') == 'model_free_score_long')}
     scores = read_json(folder / 'scores.json', {})
-    if set(scores) == set(ALL): add('human_normalised', None, *(sum(human_normalised(g, s[k]) for g, s in scores.items()) / len(ALL) for k in ('mean', 'lo', 'hi', 'random')))      # of intervals the mean of the ends: never too narrow
+    if set(scores) == set(GAMES): add('human_normalised', None, *(sum(human_normalised(g, s[k]) for g, s in scores.items()) / len(GAMES) for k in ('mean', 'lo', 'hi', 'random')))      # of intervals the mean of the ends: never too narrow
     for g, s in scores.items():
         add('score', g, s['mean'], s['lo'], s['hi'], s['random'])
         add('above_random_play', g, s['mean'] - s['random'], s['lo'] - s['random hi'])
@@ -266,6 +269,5 @@ def goals_met(folder, root='pretrained'):
 
 def show_goals(table):
     "The goals as a `Table` for people."
-    number = lambda x: '' if x is None else f'{x:.4g}'
-    return Table([{'goal': r['goal'], 'aimed for': f'{"at least" if r["better"] > 0 else "at most"} {r["figure"]:g}', 'here': number(r['reached']), 'interval': ' to '.join(map(number, r['interval'] or ())), 'null': number(r['null']),
+    return Table([{'goal': r['goal'], 'aimed for': f'{"at least" if r["better"] > 0 else "at most"} {r["figure"]:g}', 'here': shown(r['reached']), 'interval': ' to '.join(map(shown, r['interval'] or ())), 'null': shown(r['null']),
                    'worst game': r['worst'] or '', 'verdict': r['verdict'], 'profile': r['profile'] or '', 'chapter': r['chapter']} for r in table])

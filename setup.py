@@ -17,7 +17,7 @@ dev = [*docs, *foundation, *slurm, 'pytest', 'hypothesis', 'ruff', 'vector-quant
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], license='Apache-2.0',
     author=cfg['author'], long_description=(here / 'README.md').read_text(encoding='utf8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=['atari_hrvq', 'atari_hrvq.*']), package_data={'atari_hrvq': ['py.typed']},
+    packages=find_packages(include=['atari_hrvq', 'atari_hrvq.*']), package_data={'atari_hrvq': ['py.typed', 'fonts/*']},
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
     extras_require={'book': book, 'docs': docs, 'dev': dev, 'hub': hub, 'foundation': foundation, 'slurm': slurm},
     entry_points={'console_scripts': cfg['console_scripts'].split('\n')}, zip_safe=False,

@@ -634,20 +634,26 @@ def clean_number(v):
 WIDEST = 160
 
 class Table:
-    "Rows of dicts that show as a Markdown table in a notebook and as text in a terminal; floats get `digits` decimals. A notebook keeps the text beside the table, with bars for columns where it is wider than `WIDEST`: blanks take room."
+    "Rows of dicts that show as a Markdown table in a notebook and as text in a terminal; floats get `digits` decimals, or none in a column of whole numbers; numbers stand at the right. A notebook keeps the text beside the table, with bars for columns where it is wider than `WIDEST`: blanks take room."
     def __init__(self, rows, digits=3): self.rows, self.digits = list(rows), digits
     def _cells(self):
-        show = lambda v: '' if v is None else f'{v:.{self.digits}f}' if isinstance(v, float) else str(v)
         head = list(dict.fromkeys(k for r in self.rows for k in r))
-        return head, [[show(r.get(k)) for k in head] for r in self.rows]
+        whole = {k for k in head if all(v.is_integer() for v in self._floats(k)) and any(abs(v) > 1 for v in self._floats(k))}
+        show = lambda k, v: '' if v is None else f'{v:.{0 if k in whole else self.digits}f}' if isinstance(v, float) else str(v)
+        return head, [[show(k, r.get(k)) for k in head] for r in self.rows]
+    def _floats(self, k): return [v for r in self.rows if isinstance(v := r.get(k), float)]
+    def _numeric(self, k):
+        found = [r[k] for r in self.rows if r.get(k) not in (None, '')]
+        return bool(found) and all(isinstance(v, (int, float, np.number)) and not isinstance(v, bool) for v in found)
     def _repr_markdown_(self):
         head, body = self._cells()
         escape = lambda cells: '| ' + ' | '.join(c.replace('|', '\\|') for c in cells) + ' |'
-        return '\n'.join([escape(head), '|' + '---|' * len(head), *map(escape, body)])
+        return '\n'.join([escape(head), '|' + ''.join('---:|' if self._numeric(k) else '---|' for k in head), *map(escape, body)])
     def __str__(self):
         head, body = self._cells()
         width = [max(len(r[i]) for r in [head, *body]) for i in range(len(head))]
-        return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in [head, ['-' * w for w in width], *body])
+        put = [str.rjust if self._numeric(k) else str.ljust for k in head]
+        return '\n'.join('  '.join(p(c, w) for p, c, w in zip(put, r, width, strict=True)).rstrip() for r in [head, ['-' * w for w in width], *body])
     def __repr__(self):
         text, (head, body) = str(self), self._cells()
         return text if max(map(len, text.splitlines()), default=0) <= WIDEST else '\n'.join(' | '.join(r) for r in [head, *body])

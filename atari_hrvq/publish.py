@@ -21,9 +21,9 @@ __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'REFERENCE', 'CELL_TEMPLATE', 
            'page_sources', 'processed', 'cell_options', 'fold', 'plain_text', 'alt_text', 'captioned', 'shown',
            'forget_paths', 'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page', 'outside_code',
            'in_prose', 'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of', 'bibliography', 'cite',
-           'label_numbers', 'boxes', 'translate', 'say_undrawn', 'slug', 'markdown_renderer', 'page_body', 'page_html',
-           'check_page', 'check_pages', 'sections', 'render_html', 'render_quarto', 'executed', 'differing',
-           'prepared_books', 'write_project', 'publish']
+           'label_numbers', 'boxes', 'translate', 'say_undrawn', 'slug', 'lettered', 'markdown_renderer', 'hung',
+           'page_body', 'page_html', 'check_page', 'check_pages', 'sections', 'render_html', 'render_quarto',
+           'executed', 'differing', 'prepared_books', 'write_project', 'publish']
 
 # %% ../nbs/92_publish.ipynb #executed-fresh
 def run_fresh(path, root):
@@ -262,14 +262,19 @@ def cell_options(source):
 
 # %% ../nbs/92_publish.ipynb #fold
 def fold(cell):
-    "The options that a code cell gets: plumbing is folded, exported code says what it defines."
+    "The options that a code cell gets: plumbing, and texts of many lines, are folded; exported code says what it defines."
     source, tags = ''.join(cell['source']), cell['metadata'].get('tags', [])
     try: nodes = ast.parse(source).body
     except SyntaxError: return {}
+    def holds_text(n): return isinstance(n, (ast.Assign, ast.AugAssign)) and any(isinstance(v, ast.Constant) and '\n' in str(v.value) for v in ast.walk(n.value))
     if 'parameters' in tags: return {'code-fold': True, 'code-summary': 'Parameters of the run'}
     if nodes and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes): return {'code-fold': True, 'code-summary': 'Imports'}
+    if 'exported' not in tags: return {}
     names = [n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != '_']
-    return {'code-summary': f'In the package: {", ".join(names)}'} if 'exported' in tags and names else {}
+    text = bool(nodes) and all(map(holds_text, nodes))
+    if text: names = list(dict.fromkeys(v.id for n in nodes for v in ast.walk(n) if isinstance(v, ast.Name) and isinstance(v.ctx, ast.Store)))
+    return {**({'code-fold': True} if text else {}), 'code-summary': f'In the package: {", ".join(names)}'} if names else {}
+
 
 # %% ../nbs/92_publish.ipynb #plain-text
 def plain_text(markdown):
@@ -570,13 +575,26 @@ def slug(text):
     t = re.sub(r'[^\w\s.-]', '', re.sub(r'<[^>]+>', '', html.unescape(text)).lower())
     return re.sub(r'^[^a-z]+', '', re.sub(r'\s+', '-', t.strip())) or 'section'
 
+# %% ../nbs/92_publish.ipynb #lettered
+def lettered(mathml):
+    "MathML with script, double-struck and other such letters as the characters that Unicode has for them, where it has."
+    def letter(c, kind):
+        name = re.sub('LATIN | LETTER', '', unicodedata.name(c, ''))
+        for full in (f'{of}{k} {name}' for k in (kind, kind.replace('-', ' ')) for of in ('MATHEMATICAL ', '')):
+            with contextlib.suppress(KeyError): return unicodedata.lookup(full)
+        return c
+    kinds = 'bold|italic|bold-italic|script|bold-script|fraktur|double-struck|sans-serif|monospace'
+    swap = lambda m: f'<{m[1]}>' + ''.join(letter(c, m[2].upper()) for c in html.unescape(m[3])) + '<'
+    return re.sub(rf'<(m[ionst]\w*) mathvariant="({kinds})">([^<]*)<', swap, mathml)
+
+
 # %% ../nbs/92_publish.ipynb #markdown-renderer
 def markdown_renderer():
     "A mistune renderer: Pandoc's heading identifiers, formulas as MathML; `.headings` lists `(level, identifier, html)`."
     from latex2mathml.converter import convert
     from nbconvert.filters.markdown_mistune import IPythonRenderer
     def mathml(body, display):
-        try: return convert(body, display=display)
+        try: return lettered(convert(body, display=display))
         except Exception: raise BookError(f'a formula cannot be read: {" ".join(body.split())[:80]}') from None
     class Renderer(IPythonRenderer):
         def __init__(self): super().__init__(escape=False); self.headings, self.used = [], set()
@@ -593,6 +611,15 @@ def markdown_renderer():
             self.used.add(name); self.headings.append((level, name, text))
             return f'<h{level} id="{name}">{text}</h{level}>\n'
     return Renderer()
+
+# %% ../nbs/92_publish.ipynb #hung
+def hung(page):
+    "HTML with each line of its code a block, so that one too long for the page goes on below, four letters further in than it began."
+    def line(code):
+        text = html.unescape(re.sub('<[^>]+>', '', code)); inset = len(text) - len(text.lstrip(' '))
+        return f'<span class="line"{f" style=--in:{inset}ch" if inset else ""}>{code}\n</span>'
+    return re.sub(r'(<div class="[^"]*\bhighlight\b[^"]*"><pre>(?:<span></span>)?)(.*?)\n?(</pre>)', lambda m: m[1] + ''.join(map(line, m[2].split('\n'))) + m[3], page, flags=re.S)
+
 
 # %% ../nbs/92_publish.ipynb #template
 CELL_TEMPLATE = """{%- extends 'classic/base.html.j2' -%}
@@ -629,7 +656,7 @@ def page_body(book, stem, labels, entries):
     exporter.raw_template = CELL_TEMPLATE
     exporter.register_filter('markdown2html', to_html)
     body, _ = exporter.from_notebook_node(nb)
-    return re.sub(r'(href=")([\w-]+)\.(?:ipynb|qmd)(?=[#"])', r'\1\2.html', body), renderer.headings
+    return re.sub(r'(href=")([\w-]+)\.(?:ipynb|qmd)(?=[#"])', r'\1\2.html', hung(body)), renderer.headings
 
 # %% ../nbs/92_publish.ipynb #style
 STYLE = """
@@ -653,11 +680,13 @@ blockquote { margin: 0 0 1.4rem; color: var(--soft); font-size: 1.08rem } blockq
 # %% ../nbs/92_publish.ipynb #style-cells
 STYLE += """
 code, pre { font: .86em/1.5 ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace } :not(pre) > code { background: var(--panel); padding: .1em .3em; border-radius: .25em }
-pre { margin: 0; overflow-x: auto; font-size: .8rem } .highlight, .output_text { background: var(--panel); border-radius: .4rem; padding: .7rem .9rem } .highlight .highlight { padding: 0 } .output_text { background: none; border-left: 3px solid var(--line); border-radius: 0; padding: .2rem .9rem }
+@font-face { font-family: 'Book Math'; src: url(math.woff2) format('woff2') }
+pre { margin: 0; overflow-x: auto; font-size: .8rem } .output_text pre { white-space: pre-wrap; overflow-wrap: anywhere } .line { display: block; white-space: pre-wrap; overflow-wrap: anywhere; padding-left: calc(var(--in, 0ch) + 4ch); text-indent: calc(-4ch - var(--in, 0ch)) }
+.input_area { position: relative } .copy { position: absolute; top: .35rem; right: .35rem; font-size: .72rem; padding: .1rem .5rem; opacity: 0 } .input_area:hover .copy, .copy:focus { opacity: 1 } .highlight, .output_text { background: var(--panel); border-radius: .4rem; padding: .7rem .9rem } .highlight .highlight { padding: 0 } .output_text { background: none; border-left: 3px solid var(--line); border-radius: 0; padding: .2rem .9rem }
 details.code { margin: 1rem 0 } details.code > summary { color: var(--soft); font-size: .78rem; cursor: pointer; margin-bottom: .3rem }
 figure { margin: 1rem 0; overflow-x: auto } figcaption, .caption { color: var(--soft); font-size: .88rem; margin-top: .4rem } img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem } .output_subarea { overflow-x: auto }
 table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; margin: .8rem 0; display: block; overflow-x: auto; max-width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal } th { font-weight: 650; border-bottom-width: 2px } table:has(th:nth-child(8)) { font-size: .76rem } table:has(th:nth-child(8)) :is(th, td) { padding: .3rem .4rem } table:has(th:nth-child(10)) :is(th, td) { padding: .3rem .24rem }
-.formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.06em; font-family: 'Latin Modern Math', 'STIX Two Math', 'Cambria Math', 'Libertinus Math', math }
+.formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.06em; font-family: 'Book Math', 'STIX Two Math', 'Cambria Math', math }
 details:not(.code), div[class*=callout] { border: 1px solid var(--line); border-left: 4px solid var(--link); border-radius: .4rem; padding: .6rem 1rem; margin: 1rem 0 } details:not(.code) > summary, .box-title { cursor: pointer; font-weight: 600; margin: 0 } .box-title { cursor: auto }
 .reference { padding-left: 1.6rem; text-indent: -1.6rem } main h2[id]:target, main h3[id]:target, .reference:target { background: var(--mark) }
 .turn { display: flex; justify-content: space-between; gap: 1rem; margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line) } .turn a:last-child { margin-left: auto; text-align: right }
@@ -696,6 +725,11 @@ document.addEventListener('keydown', e => {
   if (e.key == 'Escape') { found.hidden = true; box.blur() }
   if (e.key == '/' && !/INPUT|TEXTAREA|SELECT/.test(document.activeElement.tagName)) { e.preventDefault(); box.focus() }
 });
+for (const pre of navigator.clipboard ? document.querySelectorAll('.input_area pre') : []) {
+  const b = document.createElement('button'); b.className = 'copy'; b.textContent = 'copy';
+  b.onclick = async () => { await navigator.clipboard.writeText(pre.textContent); b.textContent = 'copied'; setTimeout(() => b.textContent = 'copy', 1200) };
+  pre.parentElement.append(b);
+}
 document.addEventListener('click', e => { if (!found.contains(e.target) && e.target != box) found.hidden = true });
 """
 
@@ -786,6 +820,7 @@ def render_html(books, pages, config, entries, folder):
     colours = f'{HtmlFormatter(style="xcode").get_style_defs(".highlight")}\n{dark}\n.highlight, :root[data-theme=dark] .highlight {{ background: var(--panel) }}'
     write_atomic(folder / 'style.css', f'{colours}\n{STYLE}')
     write_atomic(folder / 'script.js', SCRIPT)
+    write_atomic(folder / 'math.woff2', (Path(__file__).parent / 'fonts' / 'math.woff2').read_bytes())
     found = [s for p in pages for s in sections(p.html, re.sub(r'<[^>]+>', '', html.unescape(titles[p.stem])), done[p.stem][0])]
     write_atomic(folder / 'search.js', f'window.SECTIONS = {json.dumps(found, ensure_ascii=False)}')
 

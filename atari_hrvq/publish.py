@@ -668,7 +668,7 @@ a { color: var(--link); text-decoration: none } a:hover { text-decoration: under
 .skip { position: absolute; left: -99rem } .skip:focus { left: 1rem; top: .5rem; z-index: 9; background: var(--page); padding: .3rem .6rem }
 header { position: sticky; top: 0; z-index: 5; display: flex; gap: .6rem; align-items: center; height: 3.2rem; padding: 0 1rem; background: var(--page); border-bottom: 1px solid var(--line) }
 header .title { font-weight: 650; color: var(--text); margin-right: auto; white-space: nowrap }
-button, header input { font: inherit; font-size: .9rem; color: var(--text); background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; padding: .25rem .6rem } header input { flex: 0 1 14rem; min-width: 4rem } header button { flex: none } #menu { display: none }
+button, header input { font: inherit; font-size: .9rem; color: var(--text); background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; padding: .25rem .6rem } header input { flex: 0 1 14rem; min-width: 4rem } header button { flex: none } #code[data-hides=true] { color: var(--link); border-color: var(--link) } #menu { display: none }
 .grid { display: grid; grid-template-columns: 17rem minmax(0, 1fr) 14rem; max-width: 92rem; margin: 0 auto }
 .side { position: sticky; top: 3.2rem; align-self: start; max-height: calc(100vh - 3.2rem); overflow: auto; padding: 1.4rem 1rem 2rem; font-size: .88rem; line-height: 1.4 }
 .side p { margin: 1.1rem 0 .3rem; font-weight: 650; color: var(--soft); font-size: .78rem; letter-spacing: .03em } .side a { display: block; padding: .22rem .5rem; color: var(--text); border-radius: .35rem } .side a[aria-current] { background: var(--panel); font-weight: 600; color: var(--link) } .side i { font-style: normal; color: var(--soft); font-size: .8em; margin-right: .35em } .side a.deep { padding-left: 1.2rem; color: var(--soft) }
@@ -685,8 +685,8 @@ pre { margin: 0; overflow-x: auto; font-size: .8rem } .output_text pre { white-s
 .input_area { position: relative } .copy { position: absolute; top: .35rem; right: .35rem; font-size: .72rem; padding: .1rem .5rem; opacity: 0 } .input_area:hover .copy, .copy:focus { opacity: 1 } .highlight, .output_text { background: var(--panel); border-radius: .4rem; padding: .7rem .9rem } .highlight .highlight { padding: 0 } .output_text { background: none; border-left: 3px solid var(--line); border-radius: 0; padding: .2rem .9rem }
 details.code { margin: 1rem 0 } details.code > summary { color: var(--soft); font-size: .78rem; cursor: pointer; margin-bottom: .3rem }
 figure { margin: 1rem 0; overflow-x: auto } figcaption, .caption { color: var(--soft); font-size: .88rem; margin-top: .4rem } img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem } .output_subarea { overflow-x: auto }
-table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; margin: .8rem 0; display: block; overflow-x: auto; max-width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal } th { font-weight: 650; border-bottom-width: 2px } table:has(th:nth-child(8)) { font-size: .76rem } table:has(th:nth-child(8)) :is(th, td) { padding: .3rem .4rem } table:has(th:nth-child(10)) :is(th, td) { padding: .3rem .24rem }
-.formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.06em; font-family: 'Book Math', 'STIX Two Math', 'Cambria Math', math }
+table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; margin: .8rem 0; display: block; overflow-x: auto; max-width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal } th { font-weight: 650; border-bottom-width: 2px } table:has(th:nth-child(8)) { font-size: .76rem } table:has(th:nth-child(8)) :is(th, td) { padding: .3rem .4rem } table:has(th:nth-child(10)) { font-size: .73rem } table:has(th:nth-child(10)) :is(th, td) { padding: .3rem .22rem } table:has(th:nth-child(12)) { font-size: .68rem }
+.formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.03em; font-family: 'Book Math', 'STIX Two Math', 'Cambria Math', math }
 details:not(.code), div[class*=callout] { border: 1px solid var(--line); border-left: 4px solid var(--link); border-radius: .4rem; padding: .6rem 1rem; margin: 1rem 0 } details:not(.code) > summary, .box-title { cursor: pointer; font-weight: 600; margin: 0 } .box-title { cursor: auto }
 .reference { padding-left: 1.6rem; text-indent: -1.6rem } main h2[id]:target, main h3[id]:target, .reference:target { background: var(--mark) }
 .turn { display: flex; justify-content: space-between; gap: 1rem; margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line) } .turn a:last-child { margin-left: auto; text-align: right }
@@ -701,6 +701,11 @@ footer { border-top: 1px solid var(--line); color: var(--soft); font-size: .82re
 SCRIPT = """
 const root = document.documentElement, by = id => document.getElementById(id);
 by('theme').onclick = () => { root.dataset.theme = root.dataset.theme == 'dark' ? 'light' : 'dark'; try { localStorage.theme = root.dataset.theme } catch { } };
+const opened = document.querySelectorAll('details.code[open]');              // those that are open on the page as it is
+const hide = on => { for (const d of opened) d.open = !on; by('code').dataset.hides = on; by('code').title = by('code').ariaLabel = on ? 'show code' : 'hide code' };
+by('code').hidden = !opened.length;
+try { if (localStorage.code == 'hidden') hide(true) } catch { }
+by('code').onclick = () => { const on = by('code').dataset.hides != 'true'; hide(on); try { localStorage.code = on ? 'hidden' : 'shown' } catch { } };
 by('menu').onclick = e => e.target.setAttribute('aria-expanded', document.querySelector('.side').classList.toggle('open'));
 const box = by('search'), found = by('found');
 let loaded;
@@ -754,7 +759,7 @@ def page_html(page, pages, titles, body, headings, config):
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title if page is pages[0] else f'{title} | {esc(book["title"])}'}</title><meta name="description" content="{esc(book.get('subtitle', book['title']))}"><link rel="stylesheet" href="style.css">
 <script>try {{ document.documentElement.dataset.theme = localStorage.theme }} catch {{ }} if (!/^(light|dark)$/.test(document.documentElement.dataset.theme)) document.documentElement.dataset.theme = matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light'</script></head>
-<body><a class="skip" href="#text">to the text</a><header><button id="menu" aria-expanded="false" aria-controls="chapters">Chapters</button><a class="title" href="{pages[0].html}">{esc(book['title'])}</a><input id="search" type="search" placeholder="Search ( / )" aria-label="Search the book"><button id="theme" aria-label="light or dark">&#9680;</button><div id="found" role="region" aria-label="Search results" aria-live="polite" hidden></div></header>
+<body><a class="skip" href="#text">to the text</a><header><button id="menu" aria-expanded="false" aria-controls="chapters">Chapters</button><a class="title" href="{pages[0].html}">{esc(book['title'])}</a><input id="search" type="search" placeholder="Search ( / )" aria-label="Search the book"><button id="code" aria-label="hide code" title="hide code">&lt;/&gt;</button><button id="theme" aria-label="light or dark">&#9680;</button><div id="found" role="region" aria-label="Search results" aria-live="polite" hidden></div></header>
 <div class="grid"><nav class="side" id="chapters" aria-label="Chapters">{"".join(side)}</nav><main id="text">{body}
 <nav class="turn" aria-label="Previous and next">{turn}</nav></main><nav class="side toc" aria-label="On this page">{toc}</nav></div>
 <footer>{foot}{edit}</footer><script src="script.js"></script></body></html>

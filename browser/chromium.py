@@ -7,20 +7,35 @@ from pathlib import Path
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
-NONE = 'no Chromium: none is installed and playwright could not fetch one; install the package chromium, or set CHROMIUM to the path of the program'
+PACKED = Path(__file__).resolve().parent / '.chromium'                            # where one from npm is kept
+NONE = 'no Chromium: none is installed, and neither playwright nor npm could fetch one; install the package chromium, or set CHROMIUM to the path of the program'
+
+
+def quietly(command, **kwargs):
+    "Whether `command` ended well within five minutes."
+    try: return subprocess.run(command, capture_output=True, timeout=300, **kwargs).returncode == 0
+    except (OSError, subprocess.TimeoutExpired): return False
+
+
+def from_npm(fetch):
+    "Path of the program that npm's @sparticuz/chromium carries (Linux on x86-64), for machines that reach a package registry and nothing else; None if it is not there."
+    path = PACKED / 'chromium'
+    if fetch and not path.exists() and sys.platform == 'linux':
+        PACKED.mkdir(exist_ok=True)
+        unpack = "import c from '@sparticuz/chromium'; await c.executablePath()"
+        if not (quietly(['npm', 'install', '--no-save', '--prefix', str(PACKED), '@sparticuz/chromium']) and quietly(['node', '--input-type=module', '-e', unpack], cwd=PACKED, env={**os.environ, 'TMPDIR': str(PACKED)})): return None
+    return str(path) if path.exists() else None
 
 
 def find_chromium(fetch=True):
-    "Path of the program: `CHROMIUM` if set, an installed one, or the one that playwright fetches; None if there is none."
+    "Path of the program: `CHROMIUM` if set, an installed one, or one that playwright or npm fetches; None if there is none."
     if os.environ.get('CHROMIUM'): return shutil.which(os.environ['CHROMIUM'])
     for name in NAMES:
         if path := shutil.which(name): return path
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p: path = p.chromium.executable_path
-    if fetch and not Path(path).exists():
-        try: subprocess.run([sys.executable, '-m', 'playwright', 'install', 'chromium'], capture_output=True, timeout=300)
-        except subprocess.TimeoutExpired: pass
-    return path if Path(path).exists() else None
+    if fetch and not (Path(path).exists() or from_npm(False)): quietly([sys.executable, '-m', 'playwright', 'install', 'chromium'])
+    return path if Path(path).exists() else from_npm(fetch)
 
 
 if __name__ == '__main__':

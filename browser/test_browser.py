@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, RUN, SHOTS
 from PIL import Image, ImageSequence
 from atari_hrvq.explore import ESM, PAGE, controls, page_twin
-from atari_hrvq.publish import SCRIPT, Page, page_html
+from atari_hrvq.publish import SCRIPT, Page, page_html, render_html
 
 BIN = Path(sys.executable).parent
 PAINTED = "() => [...document.querySelectorAll('.hrvq canvas')].some(c => new Uint32Array(c.getContext('2d').getImageData(0, 0, 84, 84).data.buffer).some(v => v & 0xffffff))"
@@ -286,6 +286,39 @@ def test_search_while_its_words_are_still_loading(tab, tmp_path):
     box.fill(''); t.page.locator('#found').wait_for(state='hidden')
     box.evaluate("box => { for (const word of ['f', '']) { box.value = word; box.oninput(); } }"); t.page.wait_for_timeout(100)
     assert t.page.locator('#found a').count() == 0 and t.page.locator('#found').is_hidden()
+    t.quiet()
+
+
+@pytest.fixture
+def reading(tmp_path):
+    "A page with a formula, code that is too long for it, and a text of many lines."
+    code = lambda i, source: {'cell_type': 'code', 'id': i, 'metadata': {}, 'execution_count': None, 'outputs': [], 'source': source}
+    cells = [{'cell_type': 'markdown', 'id': 'title', 'metadata': {}, 'source': '# Small\n\n$$x_t = \\mathcal{N}$$ {#eq-small}'}, code('long', f'def f(x):\n    return "{"word " * 60}", x'), code('folded', '#| code-fold: true\ntext = 1')]
+    page = Page('index.ipynb', '')
+    render_html({'index': {'cells': cells, 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5}}, [page], {'book': {'title': 'Small'}}, {}, tmp_path)
+    return tmp_path / 'index.html'
+
+
+@pytest.mark.parametrize('width', [1280, 390])
+def test_a_page_shows_all_of_its_code_and_its_indices_low(tab, reading, width):
+    t = tab(size=(width, 900)); t.page.goto(reading.as_uri()); t.page.evaluate('document.fonts.ready')
+    foot = lambda which: t.page.locator('msub > *').nth(which).evaluate('e => e.getBoundingClientRect().bottom')
+    assert foot(1) > foot(0) + 2 and t.page.evaluate("document.fonts.check('16px \"Book Math\"')")
+    assert t.page.evaluate("[...document.querySelectorAll('pre, html')].every(e => e.scrollWidth <= e.clientWidth + 1)")
+    tops = t.page.locator('.line').nth(1).evaluate("e => { const r = document.createRange(); r.selectNodeContents(e); return [...r.getClientRects()].filter(b => b.width > 1).map(b => [b.top, b.left]).sort((a, b) => a[0] - b[0] || a[1] - b[1]) }")
+    assert tops[-1][0] > tops[0][0] + 10 and tops[-1][1] > tops[0][1] + 20                 # it goes on below, further in than it began
+    t.quiet()
+
+
+def test_code_is_copied_and_hidden(tab, reading):
+    t = tab(); t.context.grant_permissions(['clipboard-read', 'clipboard-write']); t.page.goto(reading.as_uri())
+    t.page.locator('.input_area').first.hover(); t.page.get_by_role('button', name='copy').first.click(); t.page.get_by_role('button', name='copied').wait_for()
+    assert t.page.evaluate('navigator.clipboard.readText()').strip() == f'def f(x):\n    return "{"word " * 60}", x'
+    shown = lambda: t.page.locator('details.code').evaluate_all('d => d.map(e => e.open)')
+    assert shown() == [True, False]
+    t.page.get_by_role('button', name='hide code').click(); assert shown() == [False, False]
+    t.page.reload(); assert shown() == [False, False]
+    t.page.get_by_role('button', name='show code').click(); assert shown() == [True, False]
     t.quiet()
 
 

@@ -63,8 +63,8 @@ def parser():
     e.add_argument('--greedy', action='store_true', help='the likeliest action instead of a drawn one'); e.add_argument('--steps', type=int, default=27_000, help='cut games after so many agent steps (default: the protocol\'s %(default)s)')
     d = sub.add_parser('publish', help='make the pages of the book from a finished run'); d.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
     d.add_argument('--out', default='_docs', help='folder of the pages (default: %(default)s)')
-    y = sub.add_parser('play', help='play inside the world model of a run, in the browser'); y.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)')
-    y.add_argument('--game', help='the game to begin with (default: the first of the run)'); y.add_argument('--port', type=int, default=0, help='on 127.0.0.1 (default: any that is free)'); y.add_argument('--no-browser', action='store_true', help='print the address only')
+    y = sub.add_parser('play', help='play inside a world model, in the browser'); y.add_argument('--run', help='the folder of a run whose model it is (default: the agent in pretrained/)')
+    y.add_argument('--game', help='the game to begin with (default: the first)'); y.add_argument('--port', type=int, default=0, help='on 127.0.0.1 (default: any that is free)'); y.add_argument('--no-browser', action='store_true', help='print the address only')
     return p
 
 # %% ../nbs/93_cli.ipynb #commands

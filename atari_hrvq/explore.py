@@ -5,13 +5,14 @@
 # %% ../nbs/90_explore.ipynb #imports
 from __future__ import annotations
 import base64, functools, gzip, hashlib, io, itertools, json, math, secrets, struct, threading, time
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from .core import BookError, Stage, choices, derive, one_thread, read_json, require, rng_for, write_atomic
-from .agent import Agent, head
+from .core import SHIPPED, BookError, Stage, choices, derive, one_thread, read_json, repo_path, require, rng_for, write_atomic
+from .agent import Agent, head, play as play_games
 from .dream import observe
 from .encoder import cell_size
 from .frames import action_mask, legal_actions, load_episodes, make_env, screen_positions, state_labels
@@ -24,8 +25,9 @@ from .world import WorldModel, tokenise
 __all__ = ['MOVES', 'ESM_BASE', 'ESM_TOKENS', 'ESM_LEVELS', 'ESM_EXPERTS', 'ESM_GIF', 'ESM_DREAM', 'ESM', 'NUMBER', 'WIDGETS',
            'PAGE', 'Sheet', 'balance', 'code_information', 'null_band', 'tells', 'code_map', 'covering', 'level_data',
            'code_examples', 'level_pictures', 'expert_choices', 'expert_map', 'parting', 'controls', 'Dreamer',
-           'Player', 'record', 'recording', 'dream_data', 'squeeze', 'module_text', 'page_twin', 'make_widget', 'Shown',
-           'widget_data', 'explorer', 'open_run', 'explorer_page', 'player_server', 'play']
+           'Beginnings', 'parts_of', 'Player', 'record', 'recording', 'dream_data', 'squeeze', 'module_text',
+           'page_twin', 'make_widget', 'Shown', 'widget_data', 'explorer', 'open_run', 'explorer_page', 'player_server',
+           'play']
 
 # %% ../nbs/90_explore.ipynb #sheet
 class Sheet:
@@ -211,10 +213,10 @@ class Dreamer:
     """One dream of one game and the real game beside it, fed the same actions.
 
     `models`: `(tokenizer, world, policy or None)`; `episodes`: real ones of the game, whose seeds let the emulator get to the same frame.
-    `start(seed)` begins; `step(action=None)` returns what happened as a dict, with `dream` and `real` uint8 [84, 84] (`real` None once that game is over); None lets the agent choose."""
-    def __init__(self, models, episodes, context=8, temperature=(.5, 0., 0.), steps=2_000):
+    `start(seed)` begins; `step(action=None)` returns what happened as a dict, with `dream` and `real` uint8 [84, 84] (`real` None once that game is over); None lets the agent choose, at the temperature `heat`."""
+    def __init__(self, models, episodes, context=8, temperature=(.5, 0., 0.), steps=2_000, heat=1.):
         self.tokenizer, self.world, self.policy = models
-        self.game, self.episodes, self.context, self.temperature, self.capacity = episodes.game, episodes, context, temperature, steps
+        self.game, self.episodes, self.context, self.temperature, self.capacity, self.heat = episodes.game, episodes, context, temperature, steps, heat
         self.world.check_tokenizer(self.tokenizer)
         require(self.game in self.world.config.games, f'this world model does not know {self.game!r}: expected one of {", ".join(self.world.config.games)}')
         self.index, self.device = list(self.world.config.games).index(self.game), next(self.world.parameters()).device
@@ -256,7 +258,7 @@ class Dreamer:
         require(self.policy is not None, 'this run has no agent to give the dream to: run chapter 10_agent first')
         c = self.cache
         logits, _ = self.policy(observe(c.history[:, -1], c.history[:, -2], c.hidden), torch.from_numpy(action_mask(self.game))[None].to(self.device))
-        return int(sample(logits, self.generator))
+        return int(sample(logits / self.heat, self.generator))
 
     def step(self, action=None):
         require(hasattr(self, 'cache'), 'the dream has not begun: call start first')
@@ -281,11 +283,23 @@ class Dreamer:
         now.update(real=frame, real_reward=float(reward), real_over=self.real_over, error=self.error[-1], still=self.still[-1], parting=None if (k := parting(self.error, self.still)) is None else k + 1)
 
 # %% ../nbs/90_explore.ipynb #player
+class Beginnings(Mapping):
+    "`{game: Episodes}` of real play for dreams to begin with: `agent` plays `each` copies of a game for `steps` agent steps when it is asked for first. The same seed gives the same play."
+    def __init__(self, agent, games, each=2, steps=300, seed=0): self.agent, self.games, self.size, self.seed, self.kept = agent, list(games), (each, steps), seed, {}
+    def __iter__(self): return iter(self.games)
+    def __len__(self): return len(self.games)
+    def __getitem__(self, game):
+        if game not in self.games: raise KeyError(game)
+        if game not in self.kept: self.kept[game] = play_games(self.agent, [game], *self.size, derive(self.seed, 'beginnings', game), desc=f'{game}: real play to begin with')[game]
+        return self.kept[game]
+
+def parts_of(agent): return agent.tokenizer, agent.world.eval(), agent.policy.eval()
+
 class Player:
     """Answers `{'do': 'start', 'game', 'seed'}` and `{'do': 'step', 'action': int or None}` with `(content for JSON, [dream bytes, real bytes])`.
     A reader's mistake comes back as `{'sentence': ...}`."""
-    def __init__(self, models, episodes, game=None):
-        self.episodes, self.models, self.dreamers, self.lock = episodes, models, {}, threading.Lock()
+    def __init__(self, models, episodes, game=None, heat=None):
+        self.episodes, self.models, self.heat, self.dreamers, self.lock = episodes, models, heat or {}, {}, threading.Lock()
         self.game = game or next(iter(episodes))
 
     @classmethod
@@ -293,12 +307,21 @@ class Player:
         "The player of a run: the agent with its own eyes and model if there is one, else the run's tokenizer and world model."
         if any(f.startswith('agent/') for f in stage.index()):
             agent = stage.load('agent', Agent)
-            models = agent.tokenizer, agent.world.eval(), agent.policy.eval()
-        else: models = stage.load('tokenizer', Tokenizer), stage.load('world', WorldModel).eval(), None
+            models, heat = parts_of(agent), agent.temperature
+        else: models, heat = (stage.load('tokenizer', Tokenizer), stage.load('world', WorldModel).eval(), None), {}
         if game is not None: require(game in stage.games, f'{stage.folder} holds no {game!r}: expected one of {", ".join(stage.games)}')
         wrong = [g for g in stage.games if g not in models[1].config.games]
         require(not wrong, f'the world model of {stage.folder} knows {", ".join(models[1].config.games)}, but the run also holds {", ".join(wrong)}: run it again with the same games')
-        return cls(models, {g: load_episodes(stage, g, 'test') for g in stage.games}, game)
+        return cls(models, {g: load_episodes(stage, g, 'test') for g in stage.games}, game, heat)
+
+    @classmethod
+    def shipped(cls, game=None, games=None, **size):
+        "The player of the agent in `pretrained/`, which needs no run: it plays the real beginnings itself (`Beginnings`, of that `size`). `games`: those of it that are wanted."
+        agent = Agent.from_pretrained(repo_path('pretrained') / SHIPPED['agent'])
+        if game is not None: choices('game', game, agent.games)
+        return cls(parts_of(agent), Beginnings(agent, [g for g in agent.games if games is None or g in games], **size), game, agent.temperature)
+
+    def dreamer(self, game): return Dreamer(self.models, self.episodes[game], heat=self.heat.get(game, 1.))
 
     def handle(self, message):
         try:
@@ -312,7 +335,7 @@ class Player:
             seed = m.get('seed', 0)
             require(type(seed) is int and seed >= 0, f'seed {seed!r} is not a whole number from 0 on')
             self.game = m.get('game', self.game)
-            if self.game not in self.dreamers: self.dreamers[self.game] = Dreamer(self.models, self.episodes[self.game])
+            if self.game not in self.dreamers: self.dreamers[self.game] = self.dreamer(self.game)
             now = self.dreamers[self.game].start(seed)
         else:
             require(self.game in self.dreamers, 'the dream has not begun: press New start')
@@ -352,7 +375,7 @@ def recording(dreamer, seed, steps=60, forks=2, after=20):
 def dream_data(player, steps=60, forks=2, after=20, recorded=None, seed=0):
     "Data of the dream player: its controls, and recordings of the games in `recorded` (default: all) for pages without a kernel."
     recorded = list(player.episodes) if recorded is None else recorded
-    tapes = {g: recording(Dreamer(player.models, player.episodes[g]), seed, steps, forks, after) for g in recorded}
+    tapes = {g: recording(player.dreamer(g), seed, steps, forks, after) for g in recorded}
     return {'kind': 'dream', 'games': list(player.episodes), 'game': player.game, 'agent': player.models[2] is not None, 'controls': {g: controls(g) for g in player.episodes}, 'recordings': tapes}
 
 # %% ../nbs/90_explore.ipynb #module
@@ -793,12 +816,12 @@ widget.render({{model: {{get: k => state[k], set: (k, v) => {{ state[k] = v; }},
     server.daemon_threads = True
     return server, f'http://127.0.0.1:{server.server_address[1]}/{key}/'
 
-def play(run, game=None, port=0, browser=True):
-    "Serve the dream player of a run to the browser of this machine until Ctrl-C."
+def play(run=None, game=None, port=0, browser=True):
+    "Serve the dream player of a run, or of the shipped agent, to the browser of this machine until Ctrl-C."
     import webbrowser
     require(0 <= port <= 65535, f'--port {port} is no port: expected 1 to 65535, or 0 for any that is free')
-    server, address = player_server(Player.of(open_run(run), game), port)
-    print(f'the dream of {run} is at {address} (Ctrl-C ends it)', flush=True)
+    server, address = player_server(Player.of(open_run(run), game) if run else Player.shipped(game), port)
+    print(f'the dream of {run or "the shipped agent"} is at {address} (Ctrl-C ends it)', flush=True)
     if browser: webbrowser.open(address)
     try: server.serve_forever()
     except KeyboardInterrupt: pass

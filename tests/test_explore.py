@@ -262,3 +262,17 @@ def test_frames_that_are_missing_and_games_that_differ(tmp_path, tokenizer, worl
         with pytest.raises(BookError, match='does not know'): make()
     with pytest.raises(BookError, match='01_frames'): X.code_examples(tokenizer, {})
     with pytest.raises(BookError, match='is not a run folder'): X.open_run(tmp_path / 'nowhere')
+
+
+def test_the_shipped_agent_needs_no_run(monkeypatch):
+    "Its real beginnings are played when a game is asked for, once, and the dream begins on one of their frames."
+    asked, real = [], X.play_games
+    monkeypatch.setattr(X, 'play_games', lambda agent, games, *a, **k: asked.append(games) or real(agent, games, *a, **k))
+    player = X.Player.shipped(games=['breakout', 'ms_pacman'], each=1, steps=30)
+    assert list(player.episodes) == ['breakout', 'ms_pacman'] and player.game == 'breakout' and asked == []
+    first, (dream, frame) = player.handle({'do': 'start', 'game': 'ms_pacman'})
+    assert asked == [['ms_pacman']] and frame == player.episodes['ms_pacman'].frames[first['origin']].tobytes() != dream
+    assert player.handle({'do': 'step', 'action': None})[0]['by'] == 'agent' and player.handle({'do': 'start', 'seed': 1})[0]['step'] == 0 and asked == [['ms_pacman']]
+    assert player.dreamer('ms_pacman').heat == player.heat['ms_pacman'] < 1
+    with pytest.raises(KeyError): player.episodes['pong']
+    with pytest.raises(BookError, match="game 'tennis'"): X.Player.shipped('tennis')

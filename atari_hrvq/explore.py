@@ -627,7 +627,9 @@ function dream(model, root, d) {
   const beat = () => { if (!playing || stopped) return; if (live) { one(); if (period()) next(); else one(); } else { if (at + 1 >= log.length) { setPlaying(false); return; } at++; clocked(); show(true); next(); } };
   const next = () => { const wait = Math.max(0, sent + period() - performance.now()); sent = performance.now() + wait; clearTimeout(timer); timer = setTimeout(beat, wait); };
   const clocked = () => { times.push(performance.now()); if (times.length > 30) times.shift(); }, rate = () => times.length > 2 ? (times.length - 1) * 1000 / (times[times.length - 1] - times[0]) : null;
-  const ask = m => { if (m.do === 'start' && flying) { queued = m; return; } flying++; clearTimeout(patience); patience = setTimeout(() => { if (flying) said.textContent = 'The kernel has not answered for five seconds: it is busy or gone; wait for it, or run this cell again.'; }, 5000); model.send(m); };
+  const GONE = 'The other side has not answered for a while: it is busy or gone; wait for it, or start it again.', WAITING = [[.7, 'A real game is being played, for the dream to begin with.'], [30, GONE]];
+  const wait = ([[seconds, text], ...more]) => { patience = setTimeout(() => { if (flying) said.textContent = text; if (more.length) wait(more); }, 1000 * seconds); };
+  const ask = m => { if (m.do === 'start' && flying) { queued = m; return; } flying++; clearTimeout(patience); wait(m.do === 'start' ? WAITING : [[5, GONE]]); model.send(m); };
   const gray = bytes => canvas => { const out = new ImageData(84, 84); for (let i = 0; i < 7056; i++) { out.data.fill(bytes[i], 4 * i, 4 * i + 3); out.data[4 * i + 3] = 255; } canvas.getContext('2d', CANVAS).putImageData(out, 0, 0); };
   const hear = (m, buffers = []) => {
     flying = Math.max(0, flying - 1); clearTimeout(patience);

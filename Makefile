@@ -1,7 +1,7 @@
 # atari_hrvq: every target stands on its own and can be called again.
 #   make reproduce   the whole book at the laptop profile (two CPU cores, about 20 minutes)
 #   make test        the tests, the smoke chain among them
-#   make test-browser  the widgets in a headless Chromium: the exported page, the player, JupyterLab
+#   make test-browser  widgets and pages in a headless Chromium: the exported page, the player, JupyterLab
 #   make docs        the pages of the book in _docs/, from the finished run $(RUN)
 #   make lab         JupyterLab
 PYTHON ?= python3
@@ -19,7 +19,7 @@ export GOMP_SPINCOUNT ?= 1000
 help:
 	@echo 'make reproduce  run every chapter at the laptop profile into $(RUN) and print the claims'
 	@echo 'make test       run the tests (ARGS="-k name" to choose)'
-	@echo 'make test-browser  run the widgets in a headless Chromium; pictures of them in browser/shots/'
+	@echo 'make test-browser  run widgets and pages in a headless Chromium; pictures of them in browser/shots/'
 	@echo 'make docs       make the pages of the book in _docs/ from the finished run $(RUN) (RUN=runs/smoke and the like)'
 	@echo 'make lab        open JupyterLab on the notebooks (ARGS="--no-browser" and the like)'
 	@echo 'make clean      remove .venv and caches; runs/ stays'

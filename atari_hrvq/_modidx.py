@@ -720,6 +720,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                     'atari_hrvq.publish.store_outputs': ('publish.html#store_outputs', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.translate': ('publish.html#translate', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.write_between': ('publish.html#write_between', 'atari_hrvq/publish.py'),
+                                    'atari_hrvq.publish.write_math': ('publish.html#write_math', 'atari_hrvq/publish.py'),
                                     'atari_hrvq.publish.write_project': ('publish.html#write_project', 'atari_hrvq/publish.py')},
             'atari_hrvq.shared': { 'atari_hrvq.shared.GradientReversal': ('shared.html#gradientreversal', 'atari_hrvq/shared.py'),
                                    'atari_hrvq.shared.GradientReversal.backward': ( 'shared.html#gradientreversal.backward',

@@ -22,8 +22,8 @@ __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'REFERENCE', 'CELL_TEMPLATE', 
            'forget_paths', 'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page', 'outside_code',
            'in_prose', 'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of', 'bibliography', 'cite',
            'label_numbers', 'boxes', 'translate', 'say_undrawn', 'slug', 'lettered', 'markdown_renderer', 'hung',
-           'page_body', 'page_html', 'check_page', 'check_pages', 'sections', 'render_html', 'render_quarto',
-           'executed', 'differing', 'prepared_books', 'write_project', 'publish']
+           'page_body', 'page_html', 'check_page', 'check_pages', 'sections', 'write_math', 'render_html',
+           'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project', 'publish']
 
 # %% ../nbs/92_publish.ipynb #executed-fresh
 def run_fresh(path, root):
@@ -680,13 +680,12 @@ blockquote { margin: 0 0 1.4rem; color: var(--soft); font-size: 1.08rem } blockq
 # %% ../nbs/92_publish.ipynb #style-cells
 STYLE += """
 code, pre { font: .86em/1.5 ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace } :not(pre) > code { background: var(--panel); padding: .1em .3em; border-radius: .25em }
-@font-face { font-family: 'Book Math'; src: url(math.woff2) format('woff2') }
 pre { margin: 0; overflow-x: auto; font-size: .8rem } .output_text pre { white-space: pre-wrap; overflow-wrap: anywhere } .line { display: block; white-space: pre-wrap; overflow-wrap: anywhere; padding-left: calc(var(--in, 0ch) + 4ch); text-indent: calc(-4ch - var(--in, 0ch)) }
 .input_area { position: relative } .copy { position: absolute; top: .35rem; right: .35rem; font-size: .72rem; padding: .1rem .5rem; opacity: 0 } .input_area:hover .copy, .copy:focus { opacity: 1 } .highlight, .output_text { background: var(--panel); border-radius: .4rem; padding: .7rem .9rem } .highlight .highlight { padding: 0 } .output_text { background: none; border-left: 3px solid var(--line); border-radius: 0; padding: .2rem .9rem }
 details.code { margin: 1rem 0 } details.code > summary { color: var(--soft); font-size: .78rem; cursor: pointer; margin-bottom: .3rem }
 figure { margin: 1rem 0; overflow-x: auto } figcaption, .caption { color: var(--soft); font-size: .88rem; margin-top: .4rem } img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem } .output_subarea { overflow-x: auto }
 table { border-collapse: collapse; font-size: .86rem; line-height: 1.4; margin: .8rem 0; display: block; overflow-x: auto; max-width: 100% } th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; overflow-wrap: normal } th { font-weight: 650; border-bottom-width: 2px } table:has(th:nth-child(8)) { font-size: .76rem } table:has(th:nth-child(8)) :is(th, td) { padding: .3rem .4rem } table:has(th:nth-child(10)) { font-size: .73rem } table:has(th:nth-child(10)) :is(th, td) { padding: .3rem .22rem } table:has(th:nth-child(12)) { font-size: .68rem }
-.formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.03em; font-family: 'Book Math', 'STIX Two Math', 'Cambria Math', math }
+.formula, .equation { overflow-x: auto; overflow-y: hidden; margin: 1rem 0 } .equation { display: flex; align-items: center; gap: 1rem } .equation .formula { flex: 1 } math { font-size: 1.03em }
 details:not(.code), div[class*=callout] { border: 1px solid var(--line); border-left: 4px solid var(--link); border-radius: .4rem; padding: .6rem 1rem; margin: 1rem 0 } details:not(.code) > summary, .box-title { cursor: pointer; font-weight: 600; margin: 0 } .box-title { cursor: auto }
 .reference { padding-left: 1.6rem; text-indent: -1.6rem } main h2[id]:target, main h3[id]:target, .reference:target { background: var(--mark) }
 .turn { display: flex; justify-content: space-between; gap: 1rem; margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line) } .turn a:last-child { margin-left: auto; text-align: right }
@@ -757,7 +756,7 @@ def page_html(page, pages, titles, body, headings, config):
     title = re.sub(r'<[^>]+>', '', titles[page.stem])
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title if page is pages[0] else f'{title} | {esc(book["title"])}'}</title><meta name="description" content="{esc(book.get('subtitle', book['title']))}"><link rel="stylesheet" href="style.css">
+<title>{title if page is pages[0] else f'{title} | {esc(book["title"])}'}</title><meta name="description" content="{esc(book.get('subtitle', book['title']))}"><link rel="stylesheet" href="style.css"><link rel="stylesheet" href="math.css">
 <script>try {{ document.documentElement.dataset.theme = localStorage.theme }} catch {{ }} if (!/^(light|dark)$/.test(document.documentElement.dataset.theme)) document.documentElement.dataset.theme = matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light'</script></head>
 <body><a class="skip" href="#text">to the text</a><header><button id="menu" aria-expanded="false" aria-controls="chapters">Chapters</button><a class="title" href="{pages[0].html}">{esc(book['title'])}</a><input id="search" type="search" placeholder="Search ( / )" aria-label="Search the book"><button id="code" aria-label="hide code" title="hide code">&lt;/&gt;</button><button id="theme" aria-label="light or dark">&#9680;</button><div id="found" role="region" aria-label="Search results" aria-live="polite" hidden></div></header>
 <div class="grid"><nav class="side" id="chapters" aria-label="Chapters">{"".join(side)}</nav><main id="text">{body}
@@ -814,6 +813,11 @@ def sections(name, page_title, body):
     return out
 
 # %% ../nbs/92_publish.ipynb #render-html
+def write_math(folder):
+    "Write `math.css` and the font that it names to `folder`: with it, formulas in MathML look alike everywhere."
+    write_atomic(folder / 'math.woff2', (Path(__file__).parent / 'fonts' / 'math.woff2').read_bytes())
+    write_atomic(folder / 'math.css', "@font-face { font-family: 'Book Math'; src: url(math.woff2) format('woff2') }\nmath { font-family: 'Book Math', 'STIX Two Math', 'Cambria Math', math }\n")
+
 def render_html(books, pages, config, entries, folder):
     "Write the pages to `folder` without Quarto; `books`: `{stem: prepared notebook}`."
     from pygments.formatters import HtmlFormatter
@@ -824,8 +828,8 @@ def render_html(books, pages, config, entries, folder):
     dark = HtmlFormatter(style='github-dark').get_style_defs(':root[data-theme=dark] .highlight')
     colours = f'{HtmlFormatter(style="xcode").get_style_defs(".highlight")}\n{dark}\n.highlight, :root[data-theme=dark] .highlight {{ background: var(--panel) }}'
     write_atomic(folder / 'style.css', f'{colours}\n{STYLE}')
+    write_math(folder)
     write_atomic(folder / 'script.js', SCRIPT)
-    write_atomic(folder / 'math.woff2', (Path(__file__).parent / 'fonts' / 'math.woff2').read_bytes())
     found = [s for p in pages for s in sections(p.html, re.sub(r'<[^>]+>', '', html.unescape(titles[p.stem])), done[p.stem][0])]
     write_atomic(folder / 'search.js', f'window.SECTIONS = {json.dumps(found, ensure_ascii=False)}')
 
@@ -900,6 +904,7 @@ def write_project(project, root, books, pages):
         b = books[p.stem]
         head = '---\nnocite: |\n  @*\n---\n\n' if p.stem == 'references' else ''
         write_atomic(project / p.file, head + b['cells'][0]['source'] if p.stem in MADE else json.dumps(b, indent=1, ensure_ascii=False))
+    write_math(project)
     for name in ('_quarto.yml', 'references.bib'):
         if (root / name).exists(): write_atomic(project / name, (root / name).read_bytes())
 

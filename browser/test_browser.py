@@ -275,7 +275,7 @@ widget.render({{model: {{get: k => ({{data: {json.dumps(json.dumps(data))}, live
 def test_search_while_its_words_are_still_loading(tab, tmp_path):
     first = Page('index.ipynb', '')
     (tmp_path / 'index.html').write_text(page_html(first, [first], {'index': 'Small'}, '<h1 id="a">A</h1>', [], {'book': {'title': 'Small'}}))
-    (tmp_path / 'script.js').write_text(SCRIPT); (tmp_path / 'style.css').write_text('')
+    (tmp_path / 'script.js').write_text(SCRIPT); (tmp_path / 'style.css').write_text(''); (tmp_path / 'math.css').write_text('')
     (tmp_path / 'search.js').write_text('window.SECTIONS = ' + json.dumps([{'page': 'Small', 'head': h, 'url': f'#{h}', 'text': f'{h} fit'} for h in ('frames', 'fit')]))
     t = tab(); t.page.goto((tmp_path / 'index.html').as_uri()); box, links = t.page.get_by_label('Search the book'), lambda: t.page.locator('#found a strong').all_inner_texts()
     box.evaluate("box => { for (const word of ['f', 'fr', 'f', 'fr']) { box.value = word; box.oninput(); } }")

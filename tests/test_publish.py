@@ -84,7 +84,7 @@ def test_pages_without_quarto(book, tmp_path, no_quarto, capsys, monkeypatch):
     before = {**hashes(root / 'nbs'), **hashes(run)}
     out = P.publish(run, tmp_path / 'docs', root)
     assert P.NO_QUARTO in capsys.readouterr().err and {**hashes(root / 'nbs'), **hashes(run)} == before
-    assert sorted(p.name for p in out.iterdir()) == sorted(['00_core.html', '01_frames.html', 'api.html', 'index.html', 'math.woff2', 'references.html', 'script.js', 'search.js', 'style.css'])
+    assert sorted(p.name for p in out.iterdir()) == sorted(['00_core.html', '01_frames.html', 'api.html', 'index.html', 'math.css', 'math.woff2', 'references.html', 'script.js', 'search.js', 'style.css'])
     page = (out / '01_frames.html').read_text()
     for absent in (MARK, ':::', 'default_exp', 'noise', '/some/machine', 'widget-view', 'secret', '@oe2019', '@fig', '@eq', '{#'): assert absent not in page, absent
     for present in ('<h1 id="frames">Frames</h1>', 'references.html#ref-oe2019dots">van Oe et al. (2019)</a>', '(<a href="references.html#ref-oe2019dots">van Oe et al. 2019</a>)',

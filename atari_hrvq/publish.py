@@ -15,15 +15,15 @@ from .book import STAGES, check_files, clock, hardware, kernel_environment, logg
 from .core import BookError, put_in_place, read_json, read_jsonl, require, write_atomic
 
 # %% auto #0
-__all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'REFERENCE', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO', 'run_fresh',
-           'executed_chapters', 'store_outputs', 'ship', 'ship_figures', 'rounding_kept', 'model_card', 'chapter_card',
-           'class_named', 'module_of', 'results_table', 'write_between', 'Page', 'book_config', 'listed_pages',
-           'page_sources', 'processed', 'cell_options', 'fold', 'plain_text', 'alt_text', 'captioned', 'shown',
-           'forget_paths', 'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page', 'outside_code',
-           'in_prose', 'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of', 'bibliography', 'cite',
-           'label_numbers', 'boxes', 'translate', 'say_undrawn', 'slug', 'lettered', 'markdown_renderer', 'hung',
-           'page_body', 'page_html', 'check_page', 'check_pages', 'sections', 'write_math', 'render_html',
-           'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project', 'publish']
+__all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'REFERENCE', 'FENCES', 'SIGNS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO',
+           'run_fresh', 'executed_chapters', 'store_outputs', 'ship', 'ship_figures', 'rounding_kept', 'model_card',
+           'chapter_card', 'class_named', 'module_of', 'results_table', 'write_between', 'Page', 'book_config',
+           'listed_pages', 'page_sources', 'processed', 'cell_options', 'fold', 'plain_text', 'alt_text', 'captioned',
+           'shown', 'forget_paths', 'prepare', 'exported', 'signature', 'docstring', 'entry', 'api_page',
+           'outside_code', 'in_prose', 'link_names', 'link_cells', 'plain_tex', 'read_bib', 'authors_of',
+           'bibliography', 'cite', 'label_numbers', 'boxes', 'translate', 'say_undrawn', 'slug', 'core_mathml',
+           'markdown_renderer', 'hung', 'page_body', 'page_html', 'check_page', 'check_pages', 'sections', 'write_math',
+           'render_html', 'render_quarto', 'executed', 'differing', 'prepared_books', 'write_project', 'publish']
 
 # %% ../nbs/92_publish.ipynb #executed-fresh
 def run_fresh(path, root):
@@ -575,9 +575,12 @@ def slug(text):
     t = re.sub(r'[^\w\s.-]', '', re.sub(r'<[^>]+>', '', html.unescape(text)).lower())
     return re.sub(r'^[^a-z]+', '', re.sub(r'\s+', '-', t.strip())) or 'section'
 
-# %% ../nbs/92_publish.ipynb #lettered
-def lettered(mathml):
-    "MathML with script, double-struck and other such letters as the characters that Unicode has for them, where it has."
+# %% ../nbs/92_publish.ipynb #core-mathml
+FENCES, SIGNS = '|\u2016\u230a\u230b\u27e8\u27e9', ':\u27fa'
+
+def core_mathml(mathml):
+    """MathML as browsers draw it (MathML Core): script, double-struck and other such letters as the characters that Unicode has for them, where it has;
+    hats and tildes that sit on their letter; bars and brackets as tall as a letter and close to what they hold, unless they were asked to grow; relations as operators, which have room at their sides."""
     def letter(c, kind):
         name = re.sub('LATIN | LETTER', '', unicodedata.name(c, ''))
         for full in (f'{of}{k} {name}' for k in (kind, kind.replace('-', ' ')) for of in ('MATHEMATICAL ', '')):
@@ -585,7 +588,12 @@ def lettered(mathml):
         return c
     kinds = 'bold|italic|bold-italic|script|bold-script|fraktur|double-struck|sans-serif|monospace'
     swap = lambda m: f'<{m[1]}>' + ''.join(letter(c, m[2].upper()) for c in html.unescape(m[3])) + '<'
-    return re.sub(rf'<(m[ionst]\w*) mathvariant="({kinds})">([^<]*)<', swap, mathml)
+    def operator(m):
+        c = html.unescape(m[3])
+        if c in SIGNS and m[1] == 'mi': return f'<mo>{m[3]}</mo>'
+        return f'<mo stretchy="false" lspace="0" rspace="0">{m[3]}</mo>' if c in FENCES and 'stretchy="true"' not in m[2] else m[0]
+    for plain, accent in (('&#x0005E;', '&#x002C6;'), ('&#x0007E;', '&#x002DC;')): mathml = mathml.replace(f'<mo>{plain}</mo></mover>', f'<mo>{accent}</mo></mover>')
+    return re.sub(r'<(m[io])([^>]*)>(&#x\w+;|[^<&])</m[io]>', operator, re.sub(rf'<(m[ionst]\w*) mathvariant="({kinds})">([^<]*)<', swap, mathml))
 
 
 # %% ../nbs/92_publish.ipynb #markdown-renderer
@@ -594,7 +602,7 @@ def markdown_renderer():
     from latex2mathml.converter import convert
     from nbconvert.filters.markdown_mistune import IPythonRenderer
     def mathml(body, display):
-        try: return lettered(convert(body, display=display))
+        try: return core_mathml(convert(body, display=display))
         except Exception: raise BookError(f'a formula cannot be read: {" ".join(body.split())[:80]}') from None
     class Renderer(IPythonRenderer):
         def __init__(self): super().__init__(escape=False); self.headings, self.used = [], set()

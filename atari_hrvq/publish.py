@@ -372,7 +372,10 @@ def entry(name, obj):
     if inspect.isclass(obj) or inspect.isroutine(obj):
         own = obj.__doc__ if not inspect.isclass(obj) or '__doc__' in vars(obj) else None
         text = f'```python\n{signature(name, obj)}\n```\n\n{docstring(obj) if own and not own.startswith(f"{name}(") else ""}\n'
-    else: return f'```python\n{name} = {textwrap.shorten(repr(obj), 300, placeholder=" ...")}\n```\n'
+    else:
+        text = re.sub(r'<function (\w+) at 0x[0-9a-f]+>', r'\1', repr(obj))
+        if ' at 0x' in text: return f'```python\n{name}: {type(obj).__name__}\n```\n\n{docstring(type(obj))}\n'
+        return f'```python\n{name} = {textwrap.shorten(text, 300, placeholder=" ...")}\n```\n'
     methods = [(k, getattr(obj, k)) for k in vars(obj) if k[0] != '_' and inspect.isroutine(getattr(obj, k))] if inspect.isclass(obj) else []
     for k, m in methods:
         first = docstring(m).split('\n\n')[0].replace('\n', ' ') if vars(obj)[k].__doc__ else ''

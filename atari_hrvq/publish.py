@@ -715,7 +715,12 @@ const opened = document.querySelectorAll('details.code[open]');              // 
 const hide = on => { for (const d of opened) d.open = !on; by('code').dataset.hides = on; by('code').title = by('code').ariaLabel = on ? 'show code' : 'hide code' };
 by('code').hidden = !opened.length;
 try { if (localStorage.code == 'hidden') hide(true) } catch { }
-by('code').onclick = () => { const on = by('code').dataset.hides != 'true'; hide(on); try { localStorage.code = on ? 'hidden' : 'shown' } catch { } };
+by('code').onclick = () => {
+  const on = by('code').dataset.hides != 'true', top = e => e.getBoundingClientRect().top, here = [...document.querySelectorAll('main :is(h1, h2, h3, p, figure)')].find(e => top(e) > 60), was = here && top(here);
+  hide(on);
+  if (here) scrollBy({top: top(here) - was, behavior: 'instant'});                    // the reader stays at the same words
+  try { localStorage.code = on ? 'hidden' : 'shown' } catch { }
+};
 by('menu').onclick = e => e.target.setAttribute('aria-expanded', document.querySelector('.side').classList.toggle('open'));
 const box = by('search'), found = by('found');
 let loaded;

@@ -294,6 +294,7 @@ def reading(tmp_path):
     "A page with a formula, code that is too long for it, and a text of many lines."
     code = lambda i, source: {'cell_type': 'code', 'id': i, 'metadata': {}, 'execution_count': None, 'outputs': [], 'source': source}
     cells = [{'cell_type': 'markdown', 'id': 'title', 'metadata': {}, 'source': '# Small\n\n$$x_t = \\mathcal{N}$$ {#eq-small}'}, code('long', f'def f(x):\n    return "{"word " * 60}", x'), code('folded', '#| code-fold: true\ntext = 1')]
+    cells += [code(f'more{i}', 'x = 1\n' * 30) for i in range(3)] + [{'cell_type': 'markdown', 'id': 'end', 'metadata': {}, 'source': '## End\n\n' + 'Words.\n\n' * 60}]
     page = Page('index.ipynb', '')
     render_html({'index': {'cells': cells, 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5}}, [page], {'book': {'title': 'Small'}}, {}, tmp_path)
     return tmp_path / 'index.html'
@@ -315,10 +316,12 @@ def test_code_is_copied_and_hidden(tab, reading):
     t.page.locator('.input_area').first.hover(); t.page.get_by_role('button', name='copy').first.click(); t.page.get_by_role('button', name='copied').wait_for()
     assert t.page.evaluate('navigator.clipboard.readText()').strip() == f'def f(x):\n    return "{"word " * 60}", x'
     shown = lambda: t.page.locator('details.code').evaluate_all('d => d.map(e => e.open)')
-    assert shown() == [True, False]
-    t.page.get_by_role('button', name='hide code').click(); assert shown() == [False, False]
-    t.page.reload(); assert shown() == [False, False]
-    t.page.get_by_role('button', name='show code').click(); assert shown() == [True, False]
+    assert shown() == [True, False, True, True, True]
+    t.page.locator('#end').evaluate('e => scrollTo(0, e.getBoundingClientRect().top + scrollY - 200)'); before = t.page.locator('#end').bounding_box()['y']
+    t.page.get_by_role('button', name='hide code').evaluate('e => e.click()'); assert not any(shown())          # playwright's own click would scroll first
+    assert abs(before - t.page.locator('#end').bounding_box()['y']) < 3                     # the reader stays at the same words
+    t.page.reload(); assert not any(shown())
+    t.page.get_by_role('button', name='show code').click(); assert shown() == [True, False, True, True, True]
     t.quiet()
 
 

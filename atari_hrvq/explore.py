@@ -754,10 +754,11 @@ class Shown:
 WIDGETS = ('tokens', 'levels', 'dream', 'experts')
 
 def widget_data(stage, kind):
-    "`(data, player or None)` of one widget from the artefacts of a run, as large as the profile allows."
-    choices('widget', kind, WIDGETS)
-    if kind == 'dream':
-        player = Player.of(stage)
+    "`(data, player or None)` of one widget from the artefacts of a run, or of the `shipped` agent's dream, as large as the profile allows."
+    choices('widget', kind, (*WIDGETS, 'shipped'))
+    if kind in ('dream', 'shipped'):
+        each, played = stage.pick(smoke=(1, 40), laptop=(2, 300))
+        player = Player.of(stage) if kind == 'dream' else Player.shipped(stage.games[0], stage.games, each=each, steps=played)
         steps, forks, after = stage.pick(smoke=(8, 1, 3), laptop=(48, 2, 16), gpu=(80, 3, 24))
         return dream_data(player, steps, forks, after, stage.games[:1] if stage.profile == 'smoke' else None, stage.seed), player
     tokenizer, episodes = stage.load('tokenizer', Tokenizer), {g: load_episodes(stage, g, 'test') for g in stage.games}
@@ -769,7 +770,7 @@ def widget_data(stage, kind):
     return code_examples(tokenizer, episodes, frames, shown, stage.seed), None
 
 def explorer(stage, kind):
-    "A `Shown` widget (`tokens`, `levels`, `dream` or `experts`) of a run; what is wrong with the run is a sentence in its place."
+    "A `Shown` widget (`tokens`, `levels`, `dream` or `experts`) of a run, or (`shipped`) the dream of the agent in `pretrained/`; what is wrong is a sentence in its place."
     try: return Shown(*widget_data(stage, kind))
     except BookError as e: return Shown({'kind': 'sentence', 'text': str(e)})
 

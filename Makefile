@@ -49,7 +49,12 @@ test-browser: $(STAMP)
 docs: $(STAMP)
 	@$(BIN)/atari-hrvq publish --run $(RUN) $(ARGS)
 
+# long lines of code wrap, and nobody is asked about news; in this environment only
+LAB := $(VENV)/share/jupyter/lab/settings
+
 lab: $(STAMP)
+	@mkdir -p $(LAB)
+	@echo '{"@jupyterlab/notebook-extension:tracker": {"codeCellConfig": {"lineWrap": true}}, "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > $(LAB)/overrides.json
 	@$(BIN)/python -m jupyterlab nbs/01_frames.ipynb --ServerApp.root_dir=. $(ARGS)
 
 clean:

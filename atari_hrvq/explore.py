@@ -794,7 +794,7 @@ def explorer_page(run, path):
 # %% ../nbs/90_explore.ipynb #serve
 def player_server(player, port=0):
     "`(server, address)`: an HTTP server on 127.0.0.1 with the player's page; `server.serve_forever()` runs it. A reply is the length of its JSON (4 bytes), the JSON, the pictures."
-    key, data = secrets.token_urlsafe(12), {'kind': 'dream', 'games': list(player.episodes), 'game': player.game, 'agent': player.models[2] is not None, 'controls': {g: controls(g) for g in player.episodes}, 'recordings': {}}
+    key, data = secrets.token_urlsafe(12), dream_data(player, recorded=())
     script = f"""<div id="player"></div><script type="module">{ESM.replace('export default', 'const widget =')}
 const heard = [], state = {{data: {json.dumps(json.dumps(data))}, live: true}};
 const send = async m => {{ try {{ const b = await (await fetch('message', {{method: 'POST', body: JSON.stringify(m)}})).arrayBuffer(), n = new DataView(b).getUint32(0), said = JSON.parse(new TextDecoder().decode(new Uint8Array(b, 4, n)));

@@ -583,7 +583,7 @@ FENCES, SIGNS = '|\u2016\u230a\u230b\u27e8\u27e9', ':\u27fa'
 
 def core_mathml(mathml):
     """MathML as browsers draw it (MathML Core): script, double-struck and other such letters as the characters that Unicode has for them, where it has;
-    hats and tildes that sit on their letter; bars and brackets as tall as a letter and close to what they hold, unless they were asked to grow; relations as operators, which have room at their sides."""
+    hats that sit on their letter; bars and brackets as tall as a letter and close to what they hold, unless they were asked to grow; relations as operators, which have room at their sides."""
     def letter(c, kind):
         name = re.sub('LATIN | LETTER', '', unicodedata.name(c, ''))
         for full in (f'{of}{k} {name}' for k in (kind, kind.replace('-', ' ')) for of in ('MATHEMATICAL ', '')):
@@ -595,7 +595,7 @@ def core_mathml(mathml):
         c = html.unescape(m[3])
         if c in SIGNS and m[1] == 'mi': return f'<mo>{m[3]}</mo>'
         return f'<mo stretchy="false" lspace="0" rspace="0">{m[3]}</mo>' if c in FENCES and 'stretchy="true"' not in m[2] else m[0]
-    for plain, accent in (('&#x0005E;', '&#x002C6;'), ('&#x0007E;', '&#x002DC;')): mathml = mathml.replace(f'<mo>{plain}</mo></mover>', f'<mo>{accent}</mo></mover>')
+    mathml = mathml.replace('<mo>&#x0005E;</mo></mover>', '<mo>&#x002C6;</mo></mover>')
     return re.sub(r'<(m[io])([^>]*)>(&#x\w+;|[^<&])</m[io]>', operator, re.sub(rf'<(m[ionst]\w*) mathvariant="({kinds})">([^<]*)<', swap, mathml))
 
 

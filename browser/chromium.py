@@ -23,7 +23,7 @@ def from_npm(fetch):
     if fetch and not path.exists() and sys.platform == 'linux':
         PACKED.mkdir(exist_ok=True)
         unpack = "import c from '@sparticuz/chromium'; await c.executablePath()"
-        if not (quietly(['npm', 'install', '--no-save', '--prefix', str(PACKED), '@sparticuz/chromium']) and quietly(['node', '--input-type=module', '-e', unpack], cwd=PACKED, env={**os.environ, 'TMPDIR': str(PACKED)})): return None
+        if not (quietly(['npm', 'install', '--no-save', '--prefix', str(PACKED), '@sparticuz/chromium']) and quietly(['node', '--input-type=module', '-e', unpack], cwd=PACKED, env={**os.environ, 'TMPDIR': str(PACKED)})): shutil.rmtree(PACKED)         # no half of a program stays
     return str(path) if path.exists() else None
 
 

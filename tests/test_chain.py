@@ -260,7 +260,7 @@ def test_train_runs_the_loop_and_says_how_it_went(tmp_path, capsys):
     call = ['train', '--run', str(tmp_path / 'r'), '--profile', 'smoke', '--games', 'pong', *(x for s in ('first=60', 'begin_tokenizer=9', 'frames=30', 'foresight=no', 'begin_lr=1e-3', 'rounds=0', 'begin_world=2') for x in ('--set', s))]
     assert cli.main(call) == 0
     said = capsys.readouterr().out
-    assert re.search(r'round +agent steps a game +dreamt reward, pong', said) and re.search(r'^ *0 +60 ', said, re.M) and str(tmp_path / 'r' / 'artifacts' / 'agent') in said
+    assert re.search(r'round +agent steps a game +dreamt reward, pong', said) and re.search(r'^ {4}0 +60 ', said, re.M) and str(tmp_path / 'r' / 'artifacts' / 'agent') in said
     assert load_checkpoint(next((tmp_path / 'r' / 'checkpoints').glob('10_agent-round-0.safetensors')))['history'][0]['real_steps'] == 60
 
 

@@ -634,14 +634,14 @@ def clean_number(v):
 WIDEST = 160
 
 class Table:
-    "Rows of dicts that show as a Markdown table in a notebook and as text in a terminal; floats get `digits` decimals, or none in a column of whole numbers; numbers stand at the right. A notebook keeps the text beside the table, with bars for columns where it is wider than `WIDEST`: blanks take room."
+    "Rows of dicts that show as a Markdown table in a notebook and as text in a terminal; floats get `digits` decimals, or none in a column of whole numbers, and nothing where there is no number (None, nan); numbers stand at the right. A notebook keeps the text beside the table, with bars for columns where it is wider than `WIDEST`: blanks take room."
     def __init__(self, rows, digits=3): self.rows, self.digits = list(rows), digits
     def _cells(self):
         head = list(dict.fromkeys(k for r in self.rows for k in r))
         whole = {k for k in head if all(v.is_integer() for v in self._floats(k)) and any(abs(v) > 1 for v in self._floats(k))}
-        show = lambda k, v: '' if v is None else f'{v:.{0 if k in whole else self.digits}f}' if isinstance(v, float) else str(v)
+        show = lambda k, v: '' if v is None or v != v else f'{v:.{0 if k in whole else self.digits}f}' if isinstance(v, float) else str(v)
         return head, [[show(k, r.get(k)) for k in head] for r in self.rows]
-    def _floats(self, k): return [v for r in self.rows if isinstance(v := r.get(k), float)]
+    def _floats(self, k): return [v for r in self.rows if isinstance(v := r.get(k), float) and v == v]
     def _numeric(self, k):
         found = [r[k] for r in self.rows if r.get(k) not in (None, '')]
         return bool(found) and all(isinstance(v, (int, float, np.number)) and not isinstance(v, bool) for v in found)

@@ -26,8 +26,9 @@ from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
 __all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'GameVectorEnv',
            'seen_after', 'real_returns', 'returns_to_hold', 'real_advantages', 'LoopConfig', 'replay_frames', 'head',
            'fresh_agent', 'study', 'known_before', 'tell', 'learn', 'going_on', 'dreaming_on', 'first_play',
-           'Imitation', 'both_see', 'imitate', 'with_new_eyes', 'packed_replay', 'shipped_part', 'shipped_replay',
-           'remembered', 'random_play', 'train_agent', 'by_depth', 'who_returns']
+           'Imitation', 'both_see', 'imitate', 'learn_from', 'with_new_eyes', 'packed_replay', 'shipped_part',
+           'shipped_replay', 'remembered', 'given_play', 'what_was_done', 'from_given', 'random_play', 'train_agent',
+           'by_depth', 'who_returns']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -78,6 +79,12 @@ class Agent:
         self.heat = torch.tensor([1. if learning else self.temperature.get(g, 1.) for g in names], device=self.device)[:, None]
         self.generator, self.codes, self.last_value = torch.Generator().manual_seed(derive(seed, 'agent')), None, np.zeros(n, np.float32)
         for m in (self.tokenizer, self.world, self.policy): m.eval()
+
+    def measure(self, replay):
+        "Take the smallest reward in `replay` {game: list of Episodes} as the unit of its game, where it is smaller than the one before."
+        for g, parts in replay.items():
+            seen = np.abs(np.concatenate([e.rewards for e in parts]))
+            if seen.any(): self.units[g] = min(float(seen[seen > 0].min()), self.units.get(g, np.inf))
 
     def paid(self, game, reward):
         "What its dreams would pay for a `reward` of `game`, a number or an array (@eq-power)."
@@ -464,9 +471,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
         ppo.load_state(saved['ppo'])
     agent.policy.config.mix, agent.world.config.corrupt, agent.world.config.scheduled, agent.world.config.ending = c.mix, c.corrupt, c.scheduled, c.ending
     agent.power = c.power
-    for g, parts in replay.items():                                      # a reward smaller than any before it is the new unit
-        seen = np.abs(np.concatenate([e.rewards for e in parts]))
-        if seen.any(): agent.units[g] = min(float(seen[seen > 0].min()), agent.units.get(g, np.inf))
+    agent.measure(replay)
     steps, before = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known
     for r in range(min(len(history), c.rounds)):
         for g in replay: replay[g].append(load_stored(stage, f'{name}-replay-{g}-{r}'))
@@ -543,12 +548,15 @@ def both_see(new, old, replay, newest, mirror=False):
 
 def imitate(stage, new, old, replay, newest, name, mirror=False, epochs=8, batch=512):
     "The policy of `new` learns for `epochs` over the `newest` steps a game of `replay` to do and to expect what `old` would (@eq-imitation); resumes from the checkpoint `name`."
-    seen = both_see(new, old, replay, newest, mirror)
+    learn_from(stage, new.policy, both_see(new, old, replay, newest, mirror), name, epochs, batch, 'learning what the old one does')
+
+def learn_from(stage, policy, seen, name, epochs, batch, desc):
+    "`policy` learns for `epochs` what `seen` holds, the arguments of `Imitation.loss`; resumes from the checkpoint `name`."
     def draw(rng):
         at = torch.from_numpy(rng.integers(len(seen[0]), size=batch)).to(seen[0].device)
         return seen[0][at].float(), *(x[at] for x in seen[1:])
-    fit(Imitation(new.policy), draw, FitConfig(max(1, epochs * len(seen[0]) // batch)), seed=derive(stage.seed, name), checkpoint=stage.checkpoint(name), desc='learning what the old one does')
-    new.policy.eval()
+    fit(Imitation(policy), draw, FitConfig(max(1, epochs * len(seen[0]) // batch)), seed=derive(stage.seed, name), checkpoint=stage.checkpoint(name), desc=desc)
+    policy.eval()
 
 # %% ../nbs/10_agent.ipynb #new-eyes
 def with_new_eyes(stage, agent, replay, c, newest=80_000, epochs=8, batch=512):
@@ -598,6 +606,50 @@ def remembered(stage, newest=None):
         replay[g] = [load_stored(stage, name) for name in names.values()]
     return replay
 
+# %% ../nbs/10_agent.ipynb #given
+def given_play(stage, folder, steps=0):
+    "The first `steps` agent steps a game (0: all) of the replay in `folder`, {game: list of Episodes}, oldest first: played again from seeds and actions, and kept in the run."
+    replay, mark = {}, file_hash(packed_replay(folder, stage.games[0])[0])
+    if 'agent-given.safetensors' not in stage.index(): stage.save('agent-given', {'replay': mark})
+    require(stage.load('agent-given')['replay'] == mark, f'{stage.folder} began with another replay than that of {folder}: choose another run folder, or give it the same')
+    for g in stage.games:
+        path, packed = packed_replay(folder, g)
+        ends = np.cumsum([len(p['actions']) for p in packed])
+        require(steps <= ends[-1], f'the replay in {folder} holds {ends[-1]:,} steps of {g}, not the {steps:,} that first asks for')
+        names = [f'agent-given-{g}-{i}' for i in range(1 + int(np.searchsorted(ends, steps or ends[-1])))]
+        cut = (steps or ends[-1]) - ends[len(names) - 1] + len(packed[len(names) - 1]['actions'])                      # of the last of them
+        replay[g] = [load_stored(stage, n) if f'{n}.safetensors' in stage.index() else store_episodes(stage, n, head(shipped_part(path, g, i, packed[i]), cut if i == len(names) - 1 else 0)) for i, n in enumerate(names)]
+    return replay
+
+@torch.no_grad()
+def what_was_done(agent, replay, gamma, best=4, doubt=.1):
+    "What `agent` sees in the `best` parts a game of `replay` (by score), what was done there and what it earned: the arguments of `Imitation.loss`, a share `doubt` of each action spread over the legal ones."
+    rows = []
+    for i, g in enumerate(agent.games):
+        mask, own = torch.from_numpy(action_mask(g)).to(agent.device), []
+        for e in sorted(replay[g], key=lambda e: -np.inf if (s := score_of_play(e)) is None else s)[-best:]:            # None: no life or point in it
+            d = tokenise(agent.tokenizer, e); start = d.windows(agent.context); t = torch.from_numpy(start + agent.context - 1)
+            returns = torch.from_numpy(realised(agent.paid(g, d.rewards.numpy()), d.stops(), gamma)).float()[t].to(agent.device)
+            done = (1 - doubt) * F.one_hot(d.actions[t].to(agent.device), len(mask)) + doubt * mask / mask.sum()
+            own.append([seen_after(agent, d, start, i).half(), mask.expand(len(t), -1), done.clamp(min=1e-8).log(), returns])
+        unit = torch.cat([r[-1] for r in own]).std().clamp(min=1e-3)
+        rows += [[*r, unit.expand(len(r[-1]))] for r in own]
+    return tuple(torch.cat(x) for x in zip(*rows, strict=True))
+
+def from_given(stage, replay, c, context, epochs=3, batch=512, newest=3):
+    """An `Agent` that knows what `replay` {game: list of Episodes} can teach: its tokenizer learned for `c.begin_tokenizer` steps, its world model for `c.begin_world` (half of them from the `newest` parts), its policy for `epochs` what was done (@eq-cloning).
+    Made once in a run, and stored there."""
+    if 'agent-cloned/config.json' in stage.index(): return stage.load('agent-cloned', Agent)
+    require(c.begin_tokenizer and c.begin_world, 'an agent that begins with play that it was given needs a tokenizer and a world model that learned: say for how many steps with begin_tokenizer and begin_world')
+    agent = fresh_agent(stage, replay, c, context)
+    agent.power, agent.policy.config.mix, agent.real_steps = c.power, c.mix, sum(map(len, replay[stage.games[0]]))
+    agent.measure(replay)
+    study(stage, agent, replay, c, 0, newest)
+    learn_from(stage, agent.policy, what_was_done(agent, replay, PPOConfig().gamma), 'cloned', epochs, batch, 'learning what was done')
+    stage.save('agent-cloned', agent)
+    for name in ('begin-tokenizer', 'world-0', 'cloned'): drop_checkpoint(stage.checkpoint(name))
+    return agent
+
 # %% ../nbs/10_agent.ipynb #run
 LOOPS = {'smoke': LoopConfig(1, 60, 2, 4, 2, tokenizer_steps=2, frames=12, dreams=12, horizon=5, batch=6, window=8),
          'laptop': LoopConfig(1, 1500, 3, 50, 12, tokenizer_steps=30),
@@ -612,10 +664,12 @@ def random_play(stage, game, first=0):
     return head(load_episodes(stage, game, 'train'), first)
 
 # %% ../nbs/10_agent.ipynb #train-agent
-def train_agent(stage, **changes):
+def train_agent(stage, given=None, **changes):
     """The run of this chapter as `stage` says; `changes` of the profile's `LoopConfig` come last. Returns `(agent, replay, history, curves, loop)` and saves the agent, its scores over real steps and the metrics.
 
-    Called again on the same run it goes on from its last checkpoint. `learn` has the details, `going_on` and `dreaming_on` what `start='pretrained'` and `'replay'` change; another `grid` than the shipped agent's gives it new eyes first (`with_new_eyes`)."""
+    Called again on the same run it goes on from its last checkpoint. `learn` has the details, `going_on` and `dreaming_on` what `start='pretrained'` and `'replay'` change; another `grid` than the shipped agent's gives it new eyes first (`with_new_eyes`).
+    `given`: a folder with a replay, of which the first `first` steps a game are what a fresh agent begins with (`from_given`) in the place of random play."""
+    require(not given or stage.start == 'scratch', f'start={stage.start!r} goes on from shipped weights, which have a replay of their own: play that is given is for an agent that begins from scratch')
     torch.manual_seed(stage.seed)
     loop, context, known, agent = stage.pick(**LOOPS), stage.pick(**CONTEXT), 0, stage.shipped('agent', Agent)
     if agent:
@@ -625,14 +679,18 @@ def train_agent(stage, **changes):
         loop = replace(dreaming_on(loop, known == agent.real_steps) if stage.start == 'replay' else going_on(loop), **{'grid': grid, **(begin if changes.get('grid', grid) != grid else {}), **changes})
         if loop.grid != grid: agent, loop = with_new_eyes(stage, agent, replay, loop), replace(loop, begin_world=0)
         for g, e in first_play(stage, agent, loop).items() if loop.rounds else (): replay[g].append(e)
+    elif given:
+        loop = replace(loop, **changes)
+        replay = given_play(stage, given, loop.first)
+        agent, known = from_given(stage, replay, loop, context), sum(map(len, replay[stage.games[0]]))
     else:
         loop = replace(loop, **changes)
         replay = {g: [random_play(stage, g, loop.first)] for g in stage.games}
         agent = fresh_agent(stage, replay, loop, context) if loop.first else Agent.fresh(stage.load('tokenizer', Tokenizer), stage.load('world', WorldModel), context=context)
-    history, curves = learn(stage, agent, PPO(agent.policy, PPOConfig(lr=loop.lr, entropy_cost=loop.entropy)), replay, loop, known=known)
+    history, curves = learn(stage, agent, PPO(agent.policy, PPOConfig(lr=loop.lr, entropy_cost=loop.entropy)), replay, replace(loop, begin_world=0) if given else loop, known=known)
     origin = repo_path('pretrained') / SHIPPED['agent'] / 'manifest.json'
     stage.save('agent', agent); stage.curve('rounds', history); stage.curve('dream', curves)
-    stage.curve('recipe', [{**asdict(loop), 'went on from': file_hash(origin) if known and origin.exists() else ''}])
+    stage.curve('recipe', [{**asdict(loop), 'went on from': file_hash(origin) if known and not given and origin.exists() else '', **({'given': file_hash(Path(given) / 'replay.safetensors')} if given else {})}])
     stage.save('agent-curve', {**{k: np.array([np.nan if h.get(k) is None else h[k] for h in history], np.float64) for k in ('real_steps', *(f'score_{g}' for g in stage.games))}, 'device': torch.cuda.get_device_name() if stage.device.type == 'cuda' else 'CPU'})
     return agent, replay, history, curves, loop
 

@@ -203,14 +203,14 @@ def joined(old, new):
 def memory_of(stage, agent, went_on):
     """What the agent of a run learned from, `{game: ...}` each: the hashes of its files, its Episodes (oldest first), and the replay to ship.
 
-    An agent that `went_on` from shipped weights ships the parts of their replay before its own, also those that the run did not look at."""
+    An agent that `went_on` from shipped weights ships the parts of their replay before its own, also those that the run did not look at; one that began with play that it was given ships that."""
     files, episodes, replay, number = {}, {}, {}, lambda f: int(f.split('-')[-1].split('.')[0])
     for g in stage.games:
-        old, rounds = (sorted((f for f in stage.index() if f.startswith(f'agent-{kind}-{g}-')), key=number) for kind in ('old', 'replay'))
-        before = [f'agent-first-{g}.safetensors'] if went_on else [f'frames-{g}-train.safetensors']
+        old, rounds, given = (sorted((f for f in stage.index() if f.startswith(f'agent-{kind}-{g}-')), key=number) for kind in ('old', 'replay', 'given'))
+        before = [f'agent-first-{g}.safetensors'] if went_on else given or [f'frames-{g}-train.safetensors']
         new = [f for f in before if f in stage.index()] + rounds
         played = [load_stored(stage, f.removesuffix('.safetensors')) for f in new]
-        if not went_on: played[0] = head(played[0], agent.real_steps - sum(map(len, played[1:])))       # of random play it saw the beginning
+        if not (went_on or given): played[0] = head(played[0], agent.real_steps - sum(map(len, played[1:])))       # of random play it saw the beginning
         files[g] = {f: stage.index()[f]['sha256'] for f in old + new}
         episodes[g] = [load_stored(stage, f.removesuffix('.safetensors')) for f in old] + played
         replay[g] = (packed_replay(repo_path('pretrained') / SHIPPED['agent'], g)[1] if went_on else []) + pack_replay({g: played})[g]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from atari_hrvq import agent as module, world as world_module
-from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, GameVectorEnv, Imitation, LoopConfig, both_see, by_depth, dreaming_on, first_play, fresh_agent, going_on, head, imitate, improve, join_tokens, learn, play, real_advantages, real_returns, remembered, replay_frames, returns_to_hold, study, train_agent, with_new_eyes
+from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, GameVectorEnv, Imitation, LoopConfig, both_see, by_depth, dreaming_on, first_play, fresh_agent, given_play, going_on, head, imitate, improve, join_tokens, learn, play, real_advantages, real_returns, remembered, replay_frames, returns_to_hold, study, train_agent, what_was_done, with_new_eyes
 from atari_hrvq.dream import Contexts, observation_size
 from atari_hrvq.core import PROFILES, BookError, Stage, derive, load_checkpoint, save_tree
 from atari_hrvq.evaluate import what_if
@@ -262,6 +262,37 @@ def test_a_round_that_is_over_leaves_its_checkpoint_and_the_one_before(parts, wh
     assert names == {'10_agent-round-1', '10_agent-round-2'}
     again = loop(parts, tmp_path, replace(LOOP, rounds=2))
     assert [h['round'] for h in again[0]] == [0, 1, 2] and all(len(a) == 90 + 2 * 24 for a in again[3].values())
+
+
+def test_a_fresh_agent_begins_with_play_that_it_was_given(parts, tmp_path, monkeypatch):
+    "It is played again once, cut where it is to be, counted as its own; a second call goes on, another replay or shipped weights are refused."
+    played = {g: [e, collect(g, RandomPolicy(g), 50, 1)] for g, e in parts[1].items()}
+    for name, order in (('a', 1), ('b', -1)): (tmp_path / name).mkdir(); save_tree(tmp_path / name / 'replay.safetensors', pack_replay({g: es[::order] for g, es in played.items()}))
+    stage = lambda start='scratch': Stage('10_agent', tmp_path / f'run-{start}', 'smoke', GAMES, 0, start)
+    small = dict(first=120, begin_tokenizer=9, frames=30, begin_world=2, world_steps=2, power=.5)
+    agent, replay, history, _, loop = train_agent(stage(), tmp_path / 'a', **small)
+    assert all([len(e) for e in replay[g]] == [90, 30, 60] and np.array_equal(replay[g][1].frames, played[g][1].frames[:30]) for g in GAMES)
+    assert agent.real_steps == 180 and [h['real_steps'] for h in history] == [120, 180] and agent.power == .5 and agent.units['breakout'] == 1. and loop.begin_world == 2
+    monkeypatch.setattr(module, 'shipped_part', lambda *a: pytest.fail('played again')); monkeypatch.setattr(module, 'fit', lambda *a, **k: pytest.fail('learned again')); monkeypatch.setattr(module, 'play', None)
+    again = train_agent(stage(), tmp_path / 'a', **small)
+    assert again[2] == history and all(torch.equal(v, again[0].policy.state_dict()[k]) for k, v in agent.policy.state_dict().items())
+    with pytest.raises(BookError, match='began with another replay than that of .*b: choose another run folder'): train_agent(stage(), tmp_path / 'b', **small)
+    with pytest.raises(BookError, match="start='pretrained' goes on from shipped weights"): train_agent(stage('pretrained'), tmp_path / 'a', **small)
+    with pytest.raises(BookError, match='holds 140 steps of pong, not the 200 that first asks for'): given_play(Stage('10_agent', tmp_path / 'more', 'smoke', GAMES, 0), tmp_path / 'a', 200)
+
+
+def test_what_was_done_is_what_the_best_parts_hold(parts):
+    "The actions that were taken, the discounted rewards that followed in that life, of the part that earned most."
+    agent, _, replay = fresh(parts)
+    better = replace(replay['breakout'][0], rewards=np.ones_like(replay['breakout'][0].rewards))
+    agent.measure({'breakout': [better]})
+    seen, masks, log_probs, returns, spread = what_was_done(agent, {'pong': replay['pong'], 'breakout': [replay['breakout'][0], better]}, .5, best=1)
+    d = tokenise(agent.tokenizer, better); t = d.windows(agent.context) + agent.context - 1; n = len(returns) - len(t)
+    assert n == len(tokenise(agent.tokenizer, replay['pong'][0]).windows(agent.context)) and len(seen) == len(masks) == len(spread) == len(returns)
+    assert torch.equal(log_probs[n:].argmax(-1), d.actions[t]) and torch.allclose(log_probs[n:].exp().sum(-1), torch.ones(len(t)), atol=1e-5)
+    assert torch.allclose(log_probs[n:].exp()[:, 0][d.actions[t] != 0], torch.tensor(.1 / 4), atol=1e-6)                # a share of each of the four legal actions
+    stop = d.stops().numpy(); left = np.array([np.argmax(stop[i:]) for i in t])                                          # steps to the end of the life
+    assert torch.allclose(returns[n:], torch.tensor(2 - .5 ** left, dtype=torch.float32), atol=1e-5)
 
 
 def test_the_whole_chapter_is_one_call_and_needs_no_other(tmp_path, monkeypatch):

@@ -202,6 +202,8 @@ def test_all_that_it_learned_from_is_shipped_once(tmp_path, monkeypatch):
     for name, e in (('frames-breakout-train', random), ('agent-replay-breakout-0', a), ('agent-replay-breakout-1', b)): store_episodes(stage, name, e)
     files, episodes, replay = memory_of(stage, agent, False)
     assert [len(e) for e in episodes['breakout']] == [60, 40, 30] and list(files['breakout']) == ['frames-breakout-train.safetensors', 'agent-replay-breakout-0.safetensors', 'agent-replay-breakout-1.safetensors']
+    for i, e in enumerate((b, a)): store_episodes(stage, f'agent-given-breakout-{i}', e)                    # play that it was given is in the place of random play, all of it
+    assert [len(e) for e in memory_of(stage, agent, False)[1]['breakout']] == [30, 40, 40, 30]
     save_tree(tmp_path / 'shipped' / 'replay.safetensors', replay)
     monkeypatch.setattr(pretrained, 'repo_path', lambda p: tmp_path); monkeypatch.setitem(pretrained.SHIPPED, 'agent', 'shipped')
     again = shipped_replay(tmp_path / 'shipped', 'breakout')

@@ -689,6 +689,8 @@ def train_agent(stage, given=None, **changes):
         agent = fresh_agent(stage, replay, loop, context) if loop.first else Agent.fresh(stage.load('tokenizer', Tokenizer), stage.load('world', WorldModel), context=context)
     history, curves = learn(stage, agent, PPO(agent.policy, PPOConfig(lr=loop.lr, entropy_cost=loop.entropy)), replay, replace(loop, begin_world=0) if given else loop, known=known)
     origin = repo_path('pretrained') / SHIPPED['agent'] / 'manifest.json'
+    n = len(stage.games) * agent.real_steps
+    stage.metric('real_steps', n, frames=4 * n, cell='train', note='agent steps over all games; those that it was given, random play and what shipped weights had seen included')
     stage.save('agent', agent); stage.curve('rounds', history); stage.curve('dream', curves)
     stage.curve('recipe', [{**asdict(loop), 'went on from': file_hash(origin) if known and not given and origin.exists() else '', **({'given': file_hash(Path(given) / 'replay.safetensors')} if given else {})}])
     stage.save('agent-curve', {**{k: np.array([np.nan if h.get(k) is None else h[k] for h in history], np.float64) for k in ('real_steps', *(f'score_{g}' for g in stage.games))}, 'device': torch.cuda.get_device_name() if stage.device.type == 'cuda' else 'CPU'})

@@ -45,6 +45,7 @@ def parser():
         x.add_argument('--start', default='scratch', help='scratch; pretrained: train on from the shipped weights; replay: the same, but the agent plays nothing new and learns on from its shipped replay (default: %(default)s)')
     t.add_argument('--replay', metavar='FOLDER', help='begin with the play in replay.safetensors of this folder, its first first=N steps a game (0: all), in the place of random play: a fresh agent learns to see, to predict and to do what was done')
     t.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='a field of LoopConfig, such as rounds=3 (repeat it)')
+    t.add_argument('--finish', action='store_true', help='note chapter 10 as finished, so that later chapters and ship take this agent; its checkpoints go')
     k = sub.add_parser('pack', help='cut a run into small files that can travel', description='Write a run without its frames, which regenerate, as files of at most 15 MiB.'); k.add_argument('run', help='the run folder'); k.add_argument('--to', required=True, metavar='FOLDER', help='where to write them')
     u = sub.add_parser('unpack', help='make a run of such files'); u.add_argument('folder', help='where they are'); u.add_argument('--run', required=True, help='the run folder to make')
     s = sub.add_parser('status', help='what a run has done'); s.add_argument('run', help='the run folder')
@@ -107,6 +108,7 @@ def command_train(a):
     stage = Stage('10_agent', a.run, a.profile, a.games, a.seed, a.start)
     with locked(stage.folder): history = train_agent(stage, a.replay, **changes)[2]
     print(Table([{'round': h['round'], 'agent steps a game': h['real_steps'], **{f'{k}, {g}': h.get(f'{key}_{g}') for g in stage.games for k, key in (('dreamt reward', 'dream_reward'), ('score', 'score'))}} for h in history], digits=3))
+    if a.finish: print(stage.done())
     print(f'agent: {stage.path("agent")}')
 
 def command_pack(a):

@@ -262,6 +262,10 @@ def test_train_runs_the_loop_and_says_how_it_went(tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r'round +agent steps a game +dreamt reward, pong', said) and re.search(r'^ {4}0 +60 ', said, re.M) and str(tmp_path / 'r' / 'artifacts' / 'agent') in said
     assert load_checkpoint(next((tmp_path / 'r' / 'checkpoints').glob('10_agent-round-0.safetensors')))['history'][0]['real_steps'] == 60
+    assert not (tmp_path / 'r' / 'stages').exists() and cli.main([*call, '--finish']) == 0                # as if the chapter had run: ship and later chapters take its agent
+    assert json.loads((tmp_path / 'r' / 'stages' / '10_agent.json').read_text())['games'] == ['pong'] and not list((tmp_path / 'r' / 'checkpoints').iterdir())
+    told = {r.get('name', r.get('curve')): r for r in map(json.loads, (tmp_path / 'r' / 'metrics' / '10_agent.jsonl').read_text().splitlines())}
+    assert told['real_steps']['value'] == 60 and told['recipe']['begin_world'] == 2
 
 
 def test_what_a_killed_chain_left_is_cleaned_up(tmp_path):

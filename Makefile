@@ -29,10 +29,13 @@ setup: $(STAMP)
 
 $(STAMP): constraints.txt setup.py settings.ini
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@test ! -e $(VENV)/.begun || { echo 'an earlier setup did not finish: making $(VENV) anew'; $(PYTHON) -m venv --clear $(VENV); }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $(VENV)/.begun
 	@echo 'installing the pins of constraints.txt into $(VENV) (a minute or two)'
 	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true        # on all cores, where pip uses one; a file of some package that is no valid Python is no reason to stop
+	@rm $(VENV)/.begun
 	@touch $@
 
 reproduce: $(STAMP)

@@ -609,9 +609,9 @@ def remembered(stage, newest=None):
 # %% ../nbs/10_agent.ipynb #given
 def given_play(stage, folder, steps=0):
     "The first `steps` agent steps a game (0: all) of the replay in `folder`, {game: list of Episodes}, oldest first: played again from seeds and actions, and kept in the run."
-    replay, mark = {}, file_hash(packed_replay(folder, stage.games[0])[0])
-    if 'agent-given.safetensors' not in stage.index(): stage.save('agent-given', {'replay': mark})
-    require(stage.load('agent-given')['replay'] == mark, f'{stage.folder} began with another replay than that of {folder}: choose another run folder, or give it the same')
+    replay, asked = {}, {'replay': file_hash(packed_replay(folder, stage.games[0])[0]), 'steps': steps}
+    if 'agent-given.safetensors' not in stage.index(): stage.save('agent-given', asked)
+    require(stage.load('agent-given') == asked, f'{stage.folder} began with another replay than that of {folder}, or with another number of its steps: choose another run folder, or give it the same')
     for g in stage.games:
         path, packed = packed_replay(folder, g)
         ends = np.cumsum([len(p['actions']) for p in packed])

@@ -69,6 +69,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                   'atari_hrvq.agent.imitate': ('agent.html#imitate', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.improve': ('agent.html#improve', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.join_tokens': ('agent.html#join_tokens', 'atari_hrvq/agent.py'),
+                                  'atari_hrvq.agent.kept': ('agent.html#kept', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.known_before': ('agent.html#known_before', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.learn': ('agent.html#learn', 'atari_hrvq/agent.py'),
                                   'atari_hrvq.agent.learn_from': ('agent.html#learn_from', 'atari_hrvq/agent.py'),

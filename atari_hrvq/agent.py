@@ -27,8 +27,8 @@ __all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join
            'seen_after', 'real_returns', 'returns_to_hold', 'real_advantages', 'LoopConfig', 'replay_frames', 'head',
            'fresh_agent', 'study', 'known_before', 'tell', 'learn', 'going_on', 'dreaming_on', 'first_play',
            'Imitation', 'both_see', 'imitate', 'learn_from', 'with_new_eyes', 'packed_replay', 'shipped_part',
-           'shipped_replay', 'remembered', 'given_play', 'what_was_done', 'from_given', 'random_play', 'train_agent',
-           'by_depth', 'who_returns']
+           'shipped_replay', 'kept', 'remembered', 'given_play', 'what_was_done', 'from_given', 'random_play',
+           'train_agent', 'by_depth', 'who_returns']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -594,31 +594,31 @@ def shipped_replay(folder, game):
     return [shipped_part(path, game, i, part) for i, part in enumerate(parts)]
 
 # %% ../nbs/10_agent.ipynb #remembered
+def kept(stage, name, make):
+    "The `Episodes` stored under `name`; if they are not there, what `make()` returns, stored first."
+    return load_stored(stage, name) if f'{name}.safetensors' in stage.index() else store_episodes(stage, name, make())
+
 def remembered(stage, newest=None):
     "What the shipped agent learned from, as a replay {game: [Episodes]}: all of it, or the last parts with at least `newest` steps a game; stored in the run, and not regenerated if it is there."
     folder, replay = repo_path('pretrained') / SHIPPED['agent'], {}
     for g in stage.games:
         path, packed = packed_replay(folder, g)
         n = len(packed) if newest is None else int(np.searchsorted(np.cumsum([len(p['actions']) for p in packed[::-1]]), newest)) + 1 if newest else 0
-        names = {i: f'agent-old-{g}-{i}' for i in range(max(0, len(packed) - n), len(packed))}
-        for i, name in names.items():
-            if f'{name}.safetensors' not in stage.index(): store_episodes(stage, name, shipped_part(path, g, i, packed[i]))
-        replay[g] = [load_stored(stage, name) for name in names.values()]
+        replay[g] = [kept(stage, f'agent-old-{g}-{i}', lambda: shipped_part(path, g, i, packed[i])) for i in range(max(0, len(packed) - n), len(packed))]
     return replay
 
 # %% ../nbs/10_agent.ipynb #given
 def given_play(stage, folder, steps=0):
     "The first `steps` agent steps a game (0: all) of the replay in `folder`, {game: list of Episodes}, oldest first: played again from seeds and actions, and kept in the run."
-    replay, asked = {}, {'replay': file_hash(packed_replay(folder, stage.games[0])[0]), 'steps': steps}
+    packs, replay = {g: packed_replay(folder, g) for g in stage.games}, {}
+    ends = {g: np.cumsum([len(p['actions']) for p in packed]) for g, (_, packed) in packs.items()}
+    for g, e in ends.items(): require(steps <= e[-1], f'the replay in {folder} holds {e[-1]:,} steps of {g}, not the {steps:,} that first asks for')
+    asked = {'replay': file_hash(packs[stage.games[0]][0]), 'steps': steps}
     if 'agent-given.safetensors' not in stage.index(): stage.save('agent-given', asked)
     require(stage.load('agent-given') == asked, f'{stage.folder} began with another replay than that of {folder}, or with another number of its steps: choose another run folder, or give it the same')
-    for g in stage.games:
-        path, packed = packed_replay(folder, g)
-        ends = np.cumsum([len(p['actions']) for p in packed])
-        require(steps <= ends[-1], f'the replay in {folder} holds {ends[-1]:,} steps of {g}, not the {steps:,} that first asks for')
-        names = [f'agent-given-{g}-{i}' for i in range(1 + int(np.searchsorted(ends, steps or ends[-1])))]
-        cut = (steps or ends[-1]) - ends[len(names) - 1] + len(packed[len(names) - 1]['actions'])                      # of the last of them
-        replay[g] = [load_stored(stage, n) if f'{n}.safetensors' in stage.index() else store_episodes(stage, n, head(shipped_part(path, g, i, packed[i]), cut if i == len(names) - 1 else 0)) for i, n in enumerate(names)]
+    for g, (path, packed) in packs.items():
+        left = np.minimum((steps or ends[g][-1]) - np.r_[0, ends[g][:-1]], [len(p['actions']) for p in packed])          # steps of each part that are wanted
+        replay[g] = [kept(stage, f'agent-given-{g}-{i}', lambda: head(shipped_part(path, g, i, packed[i]), n)) for i, n in enumerate(left) if n > 0]
     return replay
 
 @torch.no_grad()
@@ -640,7 +640,6 @@ def from_given(stage, replay, c, context, epochs=3, batch=512, newest=3):
     """An `Agent` that knows what `replay` {game: list of Episodes} can teach: its tokenizer learned for `c.begin_tokenizer` steps, its world model for `c.begin_world` (half of them from the `newest` parts), its policy for `epochs` what was done (@eq-cloning).
     Made once in a run, and stored there."""
     if 'agent-cloned/config.json' in stage.index(): return stage.load('agent-cloned', Agent)
-    require(c.begin_tokenizer and c.begin_world, 'an agent that begins with play that it was given needs a tokenizer and a world model that learned: say for how many steps with begin_tokenizer and begin_world')
     agent = fresh_agent(stage, replay, c, context)
     agent.power, agent.policy.config.mix, agent.real_steps = c.power, c.mix, sum(map(len, replay[stage.games[0]]))
     agent.measure(replay)
@@ -681,6 +680,7 @@ def train_agent(stage, given=None, **changes):
         for g, e in first_play(stage, agent, loop).items() if loop.rounds else (): replay[g].append(e)
     elif given:
         loop = replace(loop, **changes)
+        require(loop.begin_tokenizer and loop.begin_world, 'an agent that begins with play that it was given needs a tokenizer and a world model that learned: say for how many steps with begin_tokenizer and begin_world')
         replay = given_play(stage, given, loop.first)
         agent, known = from_given(stage, replay, loop, context), sum(map(len, replay[stage.games[0]]))
     else:
@@ -692,7 +692,7 @@ def train_agent(stage, given=None, **changes):
     n = len(stage.games) * agent.real_steps
     stage.metric('real_steps', n, frames=4 * n, cell='train', note='agent steps over all games; those that it was given, random play and what shipped weights had seen included')
     stage.save('agent', agent); stage.curve('rounds', history); stage.curve('dream', curves)
-    stage.curve('recipe', [{**asdict(loop), 'went on from': file_hash(origin) if known and not given and origin.exists() else '', **({'given': file_hash(Path(given) / 'replay.safetensors')} if given else {})}])
+    stage.curve('recipe', [{**asdict(loop), 'went on from': file_hash(origin) if known and not given and origin.exists() else '', **({'given': stage.load('agent-given')['replay']} if given else {})}])
     stage.save('agent-curve', {**{k: np.array([np.nan if h.get(k) is None else h[k] for h in history], np.float64) for k in ('real_steps', *(f'score_{g}' for g in stage.games))}, 'device': torch.cuda.get_device_name() if stage.device.type == 'cuda' else 'CPU'})
     return agent, replay, history, curves, loop
 

@@ -279,7 +279,10 @@ def test_a_fresh_agent_begins_with_play_that_it_was_given(parts, tmp_path, monke
     for folder, steps in (('b', 120), ('a', 130)):
         with pytest.raises(BookError, match=f'began with another replay than that of .*{folder}, or with another number of its steps: choose another run folder'): train_agent(stage(), tmp_path / folder, **{**small, 'first': steps})
     with pytest.raises(BookError, match="start='pretrained' goes on from shipped weights"): train_agent(stage('pretrained'), tmp_path / 'a', **small)
-    with pytest.raises(BookError, match='holds 140 steps of pong, not the 200 that first asks for'): given_play(Stage('10_agent', tmp_path / 'more', 'smoke', GAMES, 0), tmp_path / 'a', 200)
+    more = Stage('10_agent', tmp_path / 'more', 'smoke', GAMES, 0)
+    with pytest.raises(BookError, match='holds 140 steps of pong, not the 200 that first asks for'): given_play(more, tmp_path / 'a', 200)
+    with pytest.raises(BookError, match='say for how many steps with begin_tokenizer and begin_world'): train_agent(more, tmp_path / 'a', first=120)
+    assert not more.index()                                                                            # what was refused leaves nothing that a later call would trip over
 
 
 def test_what_was_done_is_what_the_best_parts_hold(parts):

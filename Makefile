@@ -33,7 +33,7 @@ $(STAMP): constraints.txt setup.py settings.ini
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@touch $(VENV)/.begun
 	@echo 'installing the pins of constraints.txt into $(VENV) (a minute or two)'
-	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib || true        # on all cores, where pip uses one; a file of some package that is no valid Python is no reason to stop
 	@rm $(VENV)/.begun
 	@touch $@

@@ -106,6 +106,8 @@ def command_train(a):
     changes = loop_changes(a.set)
     from atari_hrvq.agent import train_agent
     stage = Stage('10_agent', a.run, a.profile, a.games, a.seed, a.start)
+    finished = stage.folder / 'stages' / '10_agent.json'
+    require(not finished.exists(), f'chapter 10 is finished in {stage.folder}, and what it could go on from is gone: train into another folder with --run, or delete {finished} to begin anew')
     with locked(stage.folder): history = train_agent(stage, a.replay, **changes)[2]
     print(Table([{'round': h['round'], 'agent steps a game': h['real_steps'], **{f'{k}, {g}': h.get(f'{key}_{g}') for g in stage.games for k, key in (('dreamt reward', 'dream_reward'), ('score', 'score'))}} for h in history], digits=3))
     if a.finish: print(stage.done())

@@ -96,9 +96,9 @@ def check_full_game(env):
 TEMPERATURES = (1., .75, .5, .35, .25)
 
 def cool(agent, games=None, temperatures=TEMPERATURES, episodes=30, seed=0, max_steps=5_000):
-    """Let `agent` play `episodes` whole games at each of `temperatures` and keep the best one of each game in `agent.temperature`. Returns rows `game`, `temperature`, `score` and its interval `lo` to `hi`, `steps` played, `kept`.
+    """Let `agent` play `episodes` whole games at each of `temperatures` and keep the best one of each game in `agent.temperature`. Returns rows `game`, `temperature`, `score` and its interval `lo` to `hi`, `steps` played, `cut short`, `kept`.
 
-    The seeds are not those of `evaluate` with the same `seed`. Games are cut after `max_steps` agent steps and count as far as they went."""
+    The seeds are not those of `evaluate` with the same `seed`. Games are cut after `max_steps` agent steps and count as far as they went; many of them at a low temperature are an agent that stands still."""
     require(temperatures and min(temperatures) > 0, f'expected temperatures above 0, got {temperatures}')
     rows, chosen, trial = [], dict(agent.temperature), copy.copy(agent)                # stopped half-way, `agent` is as it was
     for g in games or agent.games:
@@ -107,7 +107,7 @@ def cool(agent, games=None, temperatures=TEMPERATURES, episodes=30, seed=0, max_
             trial.temperature = {**chosen, g: t}
             played = evaluate(trial, g, episodes, derive(seed, 'cool'), max_steps=max_steps, desc=f'{g} at {t:g}')
             score, lo, hi = bootstrap_mean([e['return'] for e in played], seed)
-            mine.append({'game': g, 'temperature': t, 'score': score, 'lo': lo, 'hi': hi, 'steps': sum(e['steps'] for e in played), 'episodes': episodes})
+            mine.append({'game': g, 'temperature': t, 'score': score, 'lo': lo, 'hi': hi, 'steps': sum(e['steps'] for e in played), 'episodes': episodes, 'cut short': sum(not e['finished'] for e in played)})
         chosen[g] = max(mine, key=lambda r: r['score'])['temperature']
         rows += [{**r, 'kept': r['temperature'] == chosen[g]} for r in mine]
     agent.temperature = chosen

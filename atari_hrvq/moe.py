@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import FitConfig, Stage, count_parameters, derive, fit, progress, require, rng_for
+from .core import BookError, FitConfig, Stage, count_parameters, derive, fit, progress, require, rng_for
 
 # %% auto #0
 __all__ = ['swiglu', 'Permute', 'everyone', 'grouped', 'grouped_kernel', 'grouped_opaque', 'MoEConfig', 'MixtureOfExperts',
@@ -103,6 +103,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x, report=True):
         c, flat = self.config, x.reshape(-1, x.shape[-1])
+        if x.shape[-1] != c.dim: raise BookError(f'these experts take vectors of {c.dim} numbers, got x of shape {list(x.shape)}')
         if c.experts == 1:
             y = swiglu(flat, self.inner[0], self.outer[0])
             aux = None if not report else {'balance_loss': flat.new_zeros(()), 'load': flat.new_ones(1), 'choice': torch.zeros(len(flat), 1, dtype=torch.long, device=x.device)}

@@ -281,7 +281,7 @@ def agent_card(folder):
     whole = not replay or kept == read_json(folder / 'config.json')['real_steps']
     played_at, tried = read_json(folder / 'config.json').get('temperature', {}), made.get('chosen temperature', [])
     at = ' at the temperature ' + ', '.join(f'{t:g} ({g})' for g, t in played_at.items()) if played_at else ''
-    cooled = [{'game': r['game'], 'temperature': r['temperature'], 'score': r['score'], '95% interval': f'{r["lo"]:.1f} to {r["hi"]:.1f}', 'kept': r['kept']} for r in tried]
+    cooled = [{'game': r['game'], 'temperature': r['temperature'], 'score': r['score'], '95% interval': f'{r["lo"]:.1f} to {r["hi"]:.1f}', 'kept': r['kept'], **({'cut short': r['cut short']} if 'cut short' in r else {})} for r in tried]
     if tried: seen = f'The temperature was chosen on {tried[0]["episodes"]} other games each, {sum(r["steps"] for r in tried):,} agent steps of which nothing else was learned:\n\n{Table(cooled, digits=2)._repr_markdown_()}\n\n{seen}'
     return f"""# {folder.name}
 
@@ -289,7 +289,7 @@ def agent_card(folder):
     agent = Agent.from_pretrained('pretrained/{folder.name}')
 
 Tokenizer, world model and policy of one agent for {", ".join(made['games'])}, {'its codes in half precision, large matrices of the rest in 8 bits' if small else 'in half precision'}, without pickle. `atari-hrvq verify pretrained/{folder.name}` checks
-the files and a stored dream; `atari-hrvq evaluate pretrained/{folder.name} --game {g}` plays the scores again.
+the files and a stored dream; `atari-hrvq evaluate pretrained/{folder.name} --game {g}` plays the scores again{'; `atari-hrvq play` opens its dream in the browser, to be played' if folder.name == SHIPPED['agent'] else ''}.
 
 {chr(10).join(f"![{g}: on the left the real game as the agent played it, on the right its dream, fed the same actions](dream-{g}.gif)" for g in made['games'])}
 

@@ -266,6 +266,7 @@ def test_train_runs_the_loop_and_says_how_it_went(tmp_path, capsys):
     assert json.loads((tmp_path / 'r' / 'stages' / '10_agent.json').read_text())['games'] == ['pong'] and not list((tmp_path / 'r' / 'checkpoints').iterdir())
     told = {r.get('name', r.get('curve')): r for r in map(json.loads, (tmp_path / 'r' / 'metrics' / '10_agent.jsonl').read_text().splitlines())}
     assert told['real_steps']['value'] == 60 and told['recipe']['begin_world'] == 2
+    assert cli.main(call) == 2 and 'chapter 10 is finished in ' in capsys.readouterr().err and (tmp_path / 'r' / 'stages' / '10_agent.json').exists()      # it does not begin anew over a finished one
 
 
 def test_what_a_killed_chain_left_is_cleaned_up(tmp_path):

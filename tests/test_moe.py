@@ -144,6 +144,11 @@ def test_impossible_configurations_are_one_sentence(wrong):
     with pytest.raises(BookError, match='top_k'): build(**wrong)
 
 
+def test_vectors_of_another_width_are_one_sentence():
+    for experts in (1, 3):
+        with pytest.raises(BookError, match=r'these experts take vectors of 8 numbers, got x of shape \[5, 7\]'): MixtureOfExperts(MoEConfig(8, 6, experts=experts))(torch.randn(5, 7))
+
+
 def test_active_parameters_by_hand():
     m = build(experts=4, top_k=2, shared_hidden=5)
     assert active_parameters(m) == 2 * 3 * 8 * 6 + 3 * 8 * 5 + 8 * 4

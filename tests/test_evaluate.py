@@ -95,11 +95,11 @@ def test_the_best_temperature_of_each_game_is_kept(monkeypatch):
     best, seen = {'pong': .5, 'breakout': 1.}, []
     def play(agent, game, episodes, seed, max_steps, desc):
         seen.append(seed)
-        return [{'return': -abs(agent.temperature[game] - best[game]) + i, 'steps': 10} for i in range(episodes)]
+        return [{'return': -abs(agent.temperature[game] - best[game]) + i, 'steps': 10, 'finished': i > 0} for i in range(episodes)]
     monkeypatch.setattr(module, 'evaluate', play)
     rows = cool(player := Player(), episodes=3, temperatures=(1., .5))
     assert player.temperature == best and [(r['game'], r['temperature'], r['kept']) for r in rows] == [('pong', 1., False), ('pong', .5, True), ('breakout', 1., True), ('breakout', .5, False)]
-    assert all(r['steps'] == 30 and r['lo'] <= r['score'] <= r['hi'] for r in rows) and set(seen) == {module.derive(0, 'cool')} != {0}
+    assert all(r['steps'] == 30 and r['cut short'] == 1 and r['lo'] <= r['score'] <= r['hi'] for r in rows) and set(seen) == {module.derive(0, 'cool')} != {0}
     def stop(agent, game, *rest, **more):
         if game == 'breakout': raise KeyboardInterrupt
         return play(agent, game, *rest, **more)

@@ -423,14 +423,19 @@ def fresh_agent(stage, replay, c, context=8):
     return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer, contrast=c.contrast).to(stage.device), c.hidden, context)
 
 # %% ../nbs/10_agent.ipynb #study
-def study(stage, agent, replay, c, r, newest=1):
-    "Tokenizer and world model learn from `replay` before the dreams of round `r`, half of it from the `newest` parts if there are more; returns the replay as `{game: Tokens}` and where those begin."
+def study(stage, agent, replay, c, r, newest=1, read=None):
+    "Tokenizer and world model learn from `replay` before the dreams of round `r`, half of it from the `newest` parts if there are more; returns the replay as `{game: Tokens}` and where those begin. `read`: a dict of the caller's in which tokens are kept from round to round, for as long as the tokenizer stays as it is."
     seed = derive(stage.seed, 'study', r)
     if r and c.tokenizer_steps:
         fit(agent.tokenizer, replay_frames(replay, agent.games, c.frames, newest, c.mirror), FitConfig(c.tokenizer_steps, lr=c.tokenizer_lr), seed=seed, checkpoint=stage.checkpoint(f'tokenizer-{r}'), desc=f'round {r}: learning to see')
         agent.world.follow(agent.tokenizer)
     both = lambda e: ([mirrored(e)] if c.mirror and e.game in MIRRORED else []) + [e]                 # what was seen comes last, so the newest part ends with it
-    parts = {g: [[tokenise(agent.tokenizer, x) for x in both(e)] for e in es] for g, es in replay.items()}
+    read, now = {} if read is None else read, agent.tokenizer.hash()
+    if read.get('by') != now: read.clear(); read['by'] = now
+    def tokens(e):
+        if id(e) not in read: read[id(e)] = [tokenise(agent.tokenizer, x) for x in both(e)]
+        return read[id(e)]
+    parts = {g: [tokens(e) for e in es] for g, es in replay.items()}
     data = {g: join_tokens(sum(p, [])) for g, p in parts.items()}
     recent = {g: len(data[g]) - sum(map(len, sum(p[-newest:], []))) for g, p in parts.items()} if len(next(iter(replay.values()))) > newest else None
     if steps := c.world_steps if r else c.begin_world:
@@ -472,14 +477,14 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     agent.policy.config.mix, agent.world.config.corrupt, agent.world.config.scheduled, agent.world.config.ending = c.mix, c.corrupt, c.scheduled, c.ending
     agent.power = c.power
     agent.measure(replay)
-    steps, before = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known
+    steps, before, read = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known, {}
     for r in range(min(len(history), c.rounds)):
         for g in replay: replay[g].append(load_stored(stage, f'{name}-replay-{g}-{r}'))
     for r in range(len(history), c.rounds + 1):
         last, fed = r == c.rounds, steps() > known
         now = replace(c, **{k: c.last * getattr(c, k) for k in ('tokenizer_steps', 'world_steps', 'iterations')}) if last else c
         old = copy.deepcopy(agent) if c.imitate and now.tokenizer_steps + now.world_steps else None
-        data, recent = study(stage, agent, replay, now, r, c.last if last else 1)
+        data, recent = study(stage, agent, replay, now, r, c.last if last else 1, read)
         if old: imitate(stage, agent, old, replay, c.imitate, f'again-{r}', c.mirror)
         real = returns_to_hold(agent, data, ppo.config.gamma, min(REAL, now.iterations * c.real_rows), recent, derive(stage.seed, 'real', r)) if c.real_rows else None
         newest = {g: len(d) - len(replay[g][-1]) for g, d in data.items()}

@@ -62,6 +62,19 @@ def whole(parts, tmp_path_factory): return loop(parts, tmp_path_factory.mktemp('
 def test_same_seed_same_loop(parts, whole, tmp_path): equal(whole, loop(parts, tmp_path))
 
 
+@pytest.mark.parametrize('steps', [0, 1])
+def test_what_was_read_is_read_again_only_by_another_tokenizer(parts, tmp_path, monkeypatch, steps):
+    counted = []
+    monkeypatch.setattr(module, 'tokenise', lambda tokenizer, e: counted.append(len(e)) or tokenise(tokenizer, e))
+    agent, _, replay = fresh(parts)
+    stage, c, read = Stage('10_agent', tmp_path, 'smoke', GAMES, 0), replace(LOOP, world_steps=0, begin_world=0, tokenizer_steps=steps), {}
+    study(stage, agent, replay, c, 0, 1, read)
+    for g in GAMES: replay[g].append(head(parts[1][g], 60))
+    data, _ = study(stage, agent, replay, c, 1, 1, read)
+    assert counted == [90] * len(GAMES) + ([60] if not steps else [90, 60]) * len(GAMES)
+    for g, d in data.items(): assert torch.equal(d.codes, torch.cat([tokenise(agent.tokenizer, e).codes for e in replay[g]]))      # and it is what the tokenizer says now
+
+
 @pytest.mark.parametrize('where', ['improve', 'play', 'fit', 'fit again', 'save_checkpoint'])
 def test_interrupted_anywhere_goes_on_the_same(parts, whole, tmp_path, monkeypatch, where):
     class Killed(Exception): pass

@@ -339,6 +339,6 @@ def score_of_lives(game, returns):
     return LIVES[game] * float(np.mean(returns)) if len(returns) else None
 
 def score_of_play(episodes):
-    "The mean score of a whole game, read off a stretch of play (`Episodes`): from its points where the game goes to a number of them, else from its lives."
+    "The mean score of a whole game, read off a stretch of play (`Episodes`): from its points where the game goes to a number of them, else from its lives. Games begin kindly, so of a stretch that ends long before its games do it says too much (appendix A3)."
     g, r = episodes.game, episodes.rewards
     return score_of_points(int((r > 0).sum()), int((r < 0).sum()), POINTS[g]) if g in POINTS else score_of_lives(g, life_returns(episodes))

@@ -61,7 +61,6 @@ class ActorCritic(Pretrained):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.shape = torch.Size(c.obs_shape)
         choices('kind of policy', c.kind, ('mlp', 'cnn'))
         require(c.kind == 'mlp' or tuple(c.obs_shape[1:]) == (84, 84), f'a cnn looks at frames of 84 x 84 pixels, got obs_shape {tuple(c.obs_shape)}')
         if c.kind == 'mlp': body = [*[nn.LayerNorm(c.obs_shape[0])] * c.norm, nn.Linear(c.obs_shape[0], c.hidden), nn.SiLU(), nn.Linear(c.hidden, c.hidden), nn.SiLU()]
@@ -74,7 +73,7 @@ class ActorCritic(Pretrained):
         for head in (self.actor, self.critic): nn.init.zeros_(head.weight); nn.init.zeros_(head.bias)
 
     def forward(self, obs, action_mask=None, raw=False):
-        if obs.shape[1:] != self.shape: raise BookError(f'this policy sees observations of shape {list(self.shape)}, got {list(obs.shape[1:])} a row: it belongs to another world model or another kind of frames')
+        if obs.shape[1:] != tuple(self.config.obs_shape): raise BookError(f'this policy sees observations of shape {list(self.config.obs_shape)}, got {list(obs.shape[1:])} a row: it belongs to another world model or another kind of frames')
         h = self.body(obs.to(torch.float32, memory_format=torch.channels_last).div_(255) if obs.dtype == torch.uint8 else obs)
         with torch.autocast(h.device.type, enabled=False): logits, said = self.actor(h.float()), self.critic(h.float())      # probabilities and values in fp32, whatever the body computes in
         if action_mask is not None: logits = logits.masked_fill(action_mask == 0, -1e9)

@@ -168,11 +168,11 @@ def test_a_cnn_of_other_frames_is_one_sentence(shape):
     with pytest.raises(BookError, match='84 x 84'): ActorCritic(ActorCriticConfig(kind='cnn', obs_shape=shape))
 
 
-# ---- masks
-
 def test_observations_of_another_width_are_one_sentence():
     with pytest.raises(BookError, match=r'this policy sees observations of shape \[4\], got \[5\] a row'): ActorCritic(ActorCriticConfig(obs_shape=(4,)))(torch.randn(2, 5))
 
+
+# ---- masks
 
 def test_illegal_actions_are_never_drawn():
     policy = small(actions=18)

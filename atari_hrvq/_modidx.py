@@ -314,6 +314,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                   'atari_hrvq.dream.extrapolate': ('dream.html#extrapolate', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.flights': ('dream.html#flights', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.flown': ('dream.html#flown', 'atari_hrvq/dream.py'),
+                                  'atari_hrvq.dream.from_serve': ('dream.html#from_serve', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.losses_told': ('dream.html#losses_told', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.make_dream': ('dream.html#make_dream', 'atari_hrvq/dream.py'),
                                   'atari_hrvq.dream.meetings': ('dream.html#meetings', 'atari_hrvq/dream.py'),

@@ -21,8 +21,9 @@ from .world import WorldModel, evenly, f1, load_tokens, token_batches, uniform
 # %% auto #0
 __all__ = ['MEETINGS', 'SIDES', 'FLIGHTS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv',
            'make_dream', 'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate',
-           'untouched_within', 'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart', 'told_of',
-           'balls_back', 'returned', 'flights', 'flown', 'by_speed', 'endings_told', 'dream_gif', 'reliability']
+           'untouched_within', 'from_serve', 'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart',
+           'told_of', 'balls_back', 'returned', 'flights', 'flown', 'by_speed', 'endings_told', 'dream_gif',
+           'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -252,6 +253,16 @@ def untouched_within(off_2MS, x_ST, there_ST, pixels=5):
     way = np.diff(x_ST, axis=1)
     free = there_ST.all(1) & ((way > 0).all(1) | (way < 0).all(1))
     return int(free.sum()), (np.hypot(*off_2MS)[:, free] <= pixels).mean(1).tolist() if free.any() else []
+
+# %% ../nbs/08_dream.ipynb #served
+def from_serve(x_N, there_N, at_S):
+    "bool [S]: has the ball at `at` come straight from where it appeared? Going back from there, it vanishes before it ever turned round in `x` [N]. What nobody has hit yet flies as all serves do."
+    way, out = np.sign(np.diff(x_N, prepend=x_N[:1])), np.zeros(len(at_S), bool)                   # [N]: of the step that led to each
+    for j, t in enumerate(at_S):
+        k = t
+        while k > 0 and there_N[k - 1] and way[k] == way[t]: k -= 1
+        out[j] = k == 0 or not there_N[k - 1]
+    return out
 
 # %% ../nbs/08_dream.ipynb #events-ahead
 def events_ahead(tokens, context, reach):

@@ -21,8 +21,8 @@ __all__ = ['PROFILES', 'GAMES', 'STARTS', 'monitor', 'MAKERS', 'SHIPPED', 'WIDES
            'unpack', 'write_atomic', 'write_json', 'save_tree', 'load_arrays', 'load_tree', 'file_hash', 'put_in_place',
            'Pretrained', 'load_weights', 'progress', 'Monitor', 'FitConfig', 'learning_rate', 'make_adamw', 'settings',
            'fit', 'fingerprint', 'save_checkpoint', 'drop_checkpoint', 'load_checkpoint', 'plot_history', 'repo_path',
-           'injected_parameters', 'Stage', 'read_json', 'read_jsonl', 'read_metrics', 'clean_number', 'Table',
-           'bootstrap_mean']
+           'injected_parameters', 'Stage', 'read_json', 'read_jsonl', 'read_metrics', 'kept_record', 'curve_rows',
+           'clean_number', 'Table', 'bootstrap_mean']
 
 # %% ../nbs/00_core.ipynb #errors
 class BookError(Exception):
@@ -624,6 +624,15 @@ def read_metrics(folder):
     path = Path(folder) / 'metrics.jsonl'
     require(path.exists(), f'{folder} has no metrics.jsonl: run a chapter first (atari-hrvq run --run {folder})')
     return read_jsonl(path)
+
+def kept_record(name, root='pretrained'):
+    "What the longest run of a chapter measured, kept in `pretrained/<name>`: `(made, rows)`, the run's parameters and the rows of its metrics; `({}, [])` where nothing is kept."
+    folder = repo_path(root) / name
+    return read_json(folder / 'run.json', {}), read_jsonl(folder / 'metrics.jsonl', [])
+
+def curve_rows(rows, name):
+    "The points of the history that `Stage.curve` recorded as `name` among the `rows` of metrics."
+    return [{k: v for k, v in r.items() if k not in ('chapter', 'curve')} for r in rows if r.get('curve') == name]
 
 def clean_number(v):
     "Numbers as Python floats with nan and infinity as None, so that every row is valid JSON."

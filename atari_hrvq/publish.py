@@ -12,7 +12,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 import atari_hrvq
 from .book import STAGES, check_files, clock, hardware, kernel_environment, logged_kernel, repo_root, versions
-from .core import BookError, put_in_place, read_json, read_jsonl, require, write_atomic
+from .core import BookError, curve_rows, put_in_place, read_json, read_jsonl, require, write_atomic
 
 # %% auto #0
 __all__ = ['MARKERS', 'MADE', 'ACCENTS', 'KINDS', 'REFERENCE', 'FENCES', 'SIGNS', 'CELL_TEMPLATE', 'STYLE', 'SCRIPT', 'NO_QUARTO',
@@ -114,7 +114,10 @@ def ship(run, name, to='pretrained', out=sys.stdout):
     return ship_figures(run, chapter, folder, model_card(run, name, chapter, kept))
 
 def ship_figures(run, chapter, folder, card):
-    "Keep what a chapter of `run` measured in `folder`, with the Markdown `card`; returns the folder."
+    "Keep what a chapter of `run` measured in `folder`, with the Markdown `card`; returns the folder. Play that lies there is not left beside figures of another run."
+    played = lambda path: curve_rows(read_jsonl(path, []), 'rounds')
+    require(not (folder / 'replay.safetensors').exists() or played(folder / 'metrics.jsonl') == played(run / 'metrics' / f'{chapter}.jsonl'),
+            f'{folder} holds in replay.safetensors the play of another run than {run}, which its new figures would not be about: choose another folder with --to, or take that file away first')
     for f, source in (('metrics.jsonl', run / 'metrics' / f'{chapter}.jsonl'), ('run.json', run / 'run.json')): write_atomic(folder / f, source.read_bytes())
     write_atomic(folder / 'README.md', card)
     return folder

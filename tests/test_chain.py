@@ -635,3 +635,11 @@ def test_ship_copies_weights_with_a_card_of_measured_figures(smoke, tmp_path, ca
     assert cli.main(['ship', 'A2_ablations', '--run', str(smoke), '--to', str(tmp_path)]) == 0
     assert (tmp_path / 'A2_ablations' / 'metrics.jsonl').read_bytes() == (smoke / 'metrics' / 'A2_ablations.jsonl').read_bytes() and '| parameters_saved | all |' in (tmp_path / 'A2_ablations' / 'README.md').read_text()
     sentence(capsys, ['ship', 'crown', '--run', smoke], "holds no model 'crown': expected one of agent")
+    kept = tmp_path / '10_agent'                                                   # play that is kept beside figures stays beside those of its run
+    assert cli.main(['ship', '10_agent', '--run', str(smoke), '--to', str(tmp_path)]) == 0
+    (kept / 'replay.safetensors').touch()
+    assert cli.main(['ship', '10_agent', '--run', str(smoke), '--to', str(tmp_path)]) == 0
+    other = (kept / 'metrics.jsonl').read_text().replace('"round": 0', '"round": 7')
+    (kept / 'metrics.jsonl').write_text(other)
+    sentence(capsys, ['ship', '10_agent', '--run', smoke, '--to', tmp_path], 'holds in replay.safetensors the play of another run')
+    assert (kept / 'metrics.jsonl').read_text() == other

@@ -209,7 +209,7 @@ GOALS = [
     Goal('Pong, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 19.9, games=('pong',)),
     Goal('Breakout, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 149, games=('breakout',)),
     Goal('MsPacman, 100,000 agent steps a game', '11_evaluate', ('score_dream_agent',), 2673, games=('ms_pacman',)),
-    Goal('human-normalised score, mean of the games', '11_evaluate', ('hns_mean',), 2.),
+    Goal('human-normalised score, mean of the games', '11_evaluate', ('hns_mean',), 2., note=f'stratified bootstrap over the episodes of {", ".join(GAMES)}'),     # of all three, or it is another figure
     Goal('points above model-free PPO at equal real steps, lower end', '11_evaluate', ('gain_over_model_free_PPO',), 0., games=GAMES, part='lo', null=False),
     Goal('real steps that model-free PPO needs for the same score, times', '11_evaluate', ('sample_efficiency_of_game',), 10., games=GAMES),
     Goal('Pong, the shipped agent, of more steps', '14_pretrained', ('shipped_score',), 19.9, games=('pong',)),

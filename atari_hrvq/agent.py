@@ -364,6 +364,9 @@ class LoopConfig:
     foresight: bool = True    # the dreams pay for a step the mean of what all states said of it
     grid: int = 3             # cells a side of fresh models' frames; an agent that goes on keeps its own, unless told otherwise (`with_new_eyes`)
     contrast: int = 10        # steps of contrastive prediction of a fresh world model; 0 for none
+    cell_hidden: int = 128    # width of the features of a cell in a fresh world model
+    cell_blocks: int = 0      # residual blocks that turn them
+    asked: float = 1.         # share of the cells that stay whose heads are asked in a step of the world model (@eq-asked)
     ending: float = 1.        # weight of the endings while the world model learns
     corrupt: float = 0.       # up to which share of a context's tokens the world model learns with others in their place
     scheduled: float = 0.     # up to which share of a window's frames the world model learns from what it makes itself of those before
@@ -381,8 +384,8 @@ class LoopConfig:
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
 
     def __post_init__(self):
-        counts = ('rounds', 'world_steps', 'iterations', 'first', 'begin_tokenizer', 'begin_world', 'tokenizer_steps', 'contrast', 'imitate', 'real_rows', 'real_actions', 'power', 'ending', 'entropy', 'lr', 'world_lr', 'begin_lr', 'tokenizer_lr')
-        within(self, **dict.fromkeys(counts, (0, None)), **dict.fromkeys(('envs', 'frames', 'dreams', 'horizon', 'batch', 'hidden', 'last'), (1, None)), **dict.fromkeys(('mix', 'corrupt', 'scheduled', 'hot', 'by_age'), (0, 1)), window=(2, None), real_steps=(self.envs, None))
+        counts = ('rounds', 'world_steps', 'iterations', 'first', 'begin_tokenizer', 'begin_world', 'tokenizer_steps', 'contrast', 'cell_blocks', 'imitate', 'real_rows', 'real_actions', 'power', 'ending', 'entropy', 'lr', 'world_lr', 'begin_lr', 'tokenizer_lr')
+        within(self, **dict.fromkeys(counts, (0, None)), **dict.fromkeys(('envs', 'frames', 'dreams', 'horizon', 'batch', 'hidden', 'cell_hidden', 'last'), (1, None)), **dict.fromkeys(('mix', 'corrupt', 'scheduled', 'hot', 'by_age'), (0, 1)), window=(2, None), asked=(.01, 1), real_steps=(self.envs, None))
 
 # %% ../nbs/10_agent.ipynb #replay
 def replay_frames(replay, games, size, newest=1, mirror=False):
@@ -420,7 +423,7 @@ def fresh_agent(stage, replay, c, context=8):
     batches = replay_frames(replay, list(stage.games), c.frames, mirror=c.mirror)
     fit(tokenizer, batches, FitConfig(c.begin_tokenizer, lr=4 * c.tokenizer_lr), seed=stage.seed, checkpoint=stage.checkpoint('begin-tokenizer'), desc='tokenizer',
         callback=start_codebooks(tokenizer, batches, c.begin_tokenizer // 8, stage.seed))
-    return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer, contrast=c.contrast).to(stage.device), c.hidden, context)
+    return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer, contrast=c.contrast, cell_hidden=c.cell_hidden, cell_blocks=c.cell_blocks).to(stage.device), c.hidden, context)
 
 # %% ../nbs/10_agent.ipynb #study
 def study(stage, agent, replay, c, r, newest=1, read=None):
@@ -474,7 +477,7 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     if history:
         agent.tokenizer.load_state_dict(saved['tokenizer']); agent.world.load_state_dict(saved['world']); agent.world.config.tokenizer = agent.tokenizer.hash()
         ppo.load_state(saved['ppo'])
-    agent.policy.config.mix, agent.world.config.corrupt, agent.world.config.scheduled, agent.world.config.ending = c.mix, c.corrupt, c.scheduled, c.ending
+    agent.policy.config.mix, agent.world.config.corrupt, agent.world.config.scheduled, agent.world.config.ending, agent.world.config.asked = c.mix, c.corrupt, c.scheduled, c.ending, c.asked
     agent.power = c.power
     agent.measure(replay)
     steps, before, read = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known, {}

@@ -20,9 +20,9 @@ from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
 __all__ = ['Tokens', 'evenly', 'tokenise', 'load_tokens', 'token_batches', 'rope_angles', 'rotate', 'rope', 'RMSNorm',
-           'WorldConfig', 'Block', 'Embedding', 'LevelHeads', 'choose', 'uniform', 'RewardHead', 'Contrast',
-           'WorldOutput', 'Cache', 'Step', 'level_losses', 'WorldModel', 'fill_rings', 'advance', 'token_accuracy',
-           'f1']
+           'WorldConfig', 'Block', 'Embedding', 'CellBlock', 'LevelHeads', 'choose', 'uniform', 'RewardHead',
+           'Contrast', 'WorldOutput', 'Cache', 'Step', 'level_losses', 'WorldModel', 'fill_rings', 'advance',
+           'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -147,6 +147,7 @@ class WorldConfig:
     top_k: int = 1
     cell_hidden: int = 128              # width of the features of a cell, from which the heads read
     head_hidden: int = 512              # width between those features and the free logits, each level its own; 0: as wide as the features
+    cell_blocks: int = 0                # residual blocks that turn a cell's features, the same ones for all cells
     history: int = 3                    # frames that the local convolution sees; 0 for no convolution
     distance: bool = True               # logits from distances to the codebook beside the free ones
     bins: int = 41                      # of the two-hot reward, evenly over symlog rewards of -8 to 8
@@ -156,9 +157,10 @@ class WorldConfig:
     corrupt: float = 0.                 # up to this share of a window's codes is replaced in training; A2 asks what that costs
     scheduled: float = 0.               # up to this share of a window's frames is in training what the model itself makes of the ones before
     changed: float = 4.                 # how many times as much a cell that changes weighs in the loss as one that stays
+    asked: float = 1.                   # share of the cells that stay whose heads are asked in a training step; these weigh as many times more. What changes is always asked
     ending: float = 1.                  # weight of the ending's cross-entropy, which is a step in a few hundred
     tokenizer: str = ''                 # hash of the tokenizer whose codes it predicts
-    before = {'head_hidden': 0}         # of models saved before this could be set
+    before = {'head_hidden': 0, 'cell_blocks': 0}         # of models saved before this could be set
 
 # %% ../nbs/07_world.ipynb #block
 class Block(nn.Module):
@@ -195,6 +197,14 @@ class Embedding(nn.Embedding):
     "PyTorch's own; on a GPU its gradient is added up without sorting, which a CUDA graph can record."
     def forward(self, i): return self.weight.index_select(0, i.flatten()).view(*i.shape, -1) if self.weight.is_cuda else super().forward(i)
 
+class CellBlock(nn.Module):
+    "Two layers for each cell, added to its features float [..., H]; changes nothing before it has learned."
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.up, self.down = RMSNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        nn.init.zeros_(self.down.weight); nn.init.zeros_(self.down.bias)
+    def forward(self, x): return x + self.down(F.silu(self.up(self.norm(x))))
+
 class LevelHeads(nn.Module):
     "Logits of the next codes of all cells, level after level. Codebooks and the scale come with the tokenizer."
     def __init__(self, c):
@@ -206,6 +216,7 @@ class LevelHeads(nn.Module):
             conv = nn.Conv2d(c.history * c.cell_dim, H, 3, padding=1)
             self.local, self.local_bias = nn.Parameter(conv.weight.permute(2, 3, 1, 0).contiguous()), nn.Parameter(conv.bias)     # [3, 3, h * cell_dim, H]
         self.place = nn.Parameter(torch.zeros(P, H))
+        self.blocks = nn.Sequential(*(CellBlock(H) for _ in range(c.cell_blocks)))
         self.scene = Embedding(P * c.codes, H)                 # level-0 codes of all cells, summed
         self.chosen = nn.ModuleList(Embedding(c.codes, H) for _ in range(c.levels - 1))
         self.free = nn.ModuleList(nn.Sequential(nn.Linear(H, c.head_hidden or H), nn.SiLU(), nn.Linear(c.head_hidden or H, c.codes)) for _ in range(c.levels))
@@ -221,15 +232,23 @@ class LevelHeads(nn.Module):
         c = self.config
         N, G = len(h_ND), c.grid
         f = self.from_trunk(h_ND).view(N, G * G, -1) + self.place
-        if not c.history: return f
-        if N <= 4 and not h_ND.is_cuda: return f + self.few(history_N)
-        return f + F.conv2d(history_N[:, -c.history:].permute(0, 1, 3, 2).reshape(N, -1, G, G), self.local.permute(3, 2, 0, 1), self.local_bias, padding=1).flatten(2).transpose(1, 2)
+        if c.history: f = f + (self.few(history_N) if N <= 4 and not h_ND.is_cuda else self.many(history_N))
+        return self.blocks(f)
+
+    def many(self, history_N):
+        "The convolution over `history_N` [N, h, P, cell_dim]: [N, P, H]."
+        N, G = len(history_N), self.config.grid
+        return F.conv2d(history_N[:, -self.config.history:].permute(0, 1, 3, 2).reshape(N, -1, G, G), self.local.permute(3, 2, 0, 1), self.local_bias, padding=1).flatten(2).transpose(1, 2)
 
     def few(self, history_N):
         "The same convolution for a few dreams as one matrix product over each cell's neighbours: a third of the time."
         c, P = self.config, self.config.grid ** 2
-        z = F.pad(history_N[:, -c.history:].transpose(1, 2).flatten(2), (0, 0, 0, 1))                # [N, P + 1, h * cell_dim]; the last one is the border
+        z = self.around(history_N)
         return torch.addmm(self.local_bias, z[:, self.neighbours].view(len(z) * P, -1), self.local.flatten(0, 2)).view(len(z), P, -1)
+
+    def around(self, history_N):
+        "What the convolution sees of each cell, [N, P + 1, h * cell_dim]; the last one is the border."
+        return F.pad(history_N[:, -self.config.history:].transpose(1, 2).flatten(2), (0, 0, 0, 1))
 
     def level(self, l, f, z):
         "Logits [N, P, K] of level `l` and the shifted vector, from features and what is left of the predicted vector."
@@ -246,9 +265,9 @@ class LevelHeads(nn.Module):
         if getattr(self, '_norms', (None,))[0] != (key := (book.data_ptr(), book._version)): self._norms = key, book.pow(2).sum(-1)
         return self._norms[1]
 
-    def given(self, l, f, z, codes):
-        "Features and remaining vector for level `l + 1` once the codes [N, P] of level `l` are chosen."
-        if l == 0: f = f + self.scene(codes + self.offset).sum(1, keepdim=True)
+    def given(self, l, f, z, codes, scene=None):
+        "Features and remaining vector for level `l + 1` once the codes [N, P] of level `l` are chosen; `scene`: what all level-0 codes say together, where `codes` are not those of all cells."
+        if l == 0: f = f + (self.scene(codes + self.offset).sum(1, keepdim=True) if scene is None else scene)
         return f + self.chosen[l](codes), z - self.codebook[l][codes]
 
     def forward(self, h_ND, history_N, codes_NPL):
@@ -258,6 +277,18 @@ class LevelHeads(nn.Module):
             logits, z = self.level(l, f, z)
             out.append(logits)
             if l + 1 < self.config.levels: f, z = self.given(l, f, z, codes_NPL[..., l])
+        return out
+
+    def some(self, h_ND, history_N, codes_NPL, rows_M, cells_M):
+        "Teacher forced, for the cells `cells` int64 [M] of the frames `rows` int64 [M] alone: list of L logits [M, K], the same as `forward` has there."
+        c, out = self.config, []
+        f = self.from_trunk(h_ND).view(len(h_ND), c.grid ** 2, -1)[rows_M, cells_M] + self.place[cells_M]
+        if c.history: f = f + torch.addmm(self.local_bias, self.around(history_N)[rows_M[:, None], self.neighbours.view(-1, 9)[cells_M]].flatten(1), self.local.flatten(0, 2))
+        f, z, scene = self.blocks(f)[:, None], history_N[rows_M, -1, cells_M][:, None], self.scene(codes_NPL[..., 0] + self.offset).sum(1)[rows_M, None]
+        for l in range(c.levels):
+            logits, z = self.level(l, f, z)
+            out.append(logits[:, 0])
+            if l + 1 < c.levels: f, z = self.given(l, f, z, codes_NPL[rows_M, cells_M, l][:, None], scene)
         return out
 
     def sample(self, h_ND, history_N, temperature, draws):
@@ -391,7 +422,7 @@ class WorldModel(Pretrained):
         if c.contrast: self.contrast = Contrast(c)
 
     @property
-    def graphs(self): return not (self.config.corrupt or self.config.scheduled)           # `loss` suits `Graphed`
+    def graphs(self): return not (self.config.corrupt or self.config.scheduled or self.config.asked < 1)           # `loss` suits `Graphed`
 
     @classmethod
     def for_tokenizer(cls, tokenizer, **options):
@@ -451,8 +482,9 @@ class WorldModel(Pretrained):
     def loss(self, codes, actions, rewards, done, game, following, known):
         "Sum of cross-entropies (nats a token, those of changing cells `changed` times, a reward, an ending), the contrast and the experts' balance; see `token_batches` for the shapes."
         if self.training and self.config.scheduled: codes = self.drifted(codes, actions, game)
-        c, out = self.config, self(self.corrupted(codes, game) if self.training and self.config.corrupt else codes, actions, game, following)
-        parts = level_losses(out.logits, codes, following, known, c.changed)
+        c, shown = self.config, self.corrupted(codes, game) if self.training and self.config.corrupt else codes
+        if self.training and c.asked < 1: out, parts = self.ask(codes, shown, actions, game, following, known)
+        else: out = self(shown, actions, game, following); parts = level_losses(out.logits, codes, following, known, c.changed)
         parts['reward'], parts['rewards_ahead'] = self.reward.loss(out.reward, rewards, known & ~done)
         parts['proceed'] = F.binary_cross_entropy_with_logits(out.proceed.float(), 1 - done.float())
         total = sum(parts.values()) + (c.ending - 1) * parts['proceed'] + (balance := sum(a['balance_loss'] for a in out.aux))
@@ -460,6 +492,17 @@ class WorldModel(Pretrained):
             parts['contrast'] = self.contrast.loss(out.hidden, self.vectors(following), actions, known)
             total = total + c.contrast_weight * parts['contrast']
         return total, {**parts, 'balance': balance}
+
+    def ask(self, codes, shown, actions, game, following, known):
+        "`forward` on the codes `shown`, with no logits, and an estimate of `level_losses` without bias, from the heads of all cells that change and of a share `asked` of the others: most cells stay, and cost as much as those that do not."
+        c, z = self.config, self.vectors(shown)
+        h, aux = self.trunk(z, actions, game)
+        moved, following, known = ((following != codes).any(-1) & known[..., None]).flatten(0, 1), following.long().flatten(0, 1), known.flatten()[:, None]
+        rows, cells = (moved | known & (torch.rand(moved.shape, device=moved.device) < c.asked)).nonzero(as_tuple=True)
+        weight = torch.where(moved[rows, cells], float(c.changed), 1 / c.asked) / (known.expand_as(moved).sum() + (c.changed - 1) * moved.sum())
+        logits = self.heads.some(h.flatten(0, 1), self.recent(z).flatten(0, 1), following, rows, cells)
+        parts = {f'level_{l}': (F.cross_entropy(x.float(), following[rows, cells, l], reduction='none') * weight).sum() for l, x in enumerate(logits)}
+        return WorldOutput(h, [], self.reward(h), self.proceed(h)[..., 0], aux), parts
 
     @torch.no_grad()
     def drifted(self, codes, actions, game, passes=2, temperature=.5):

@@ -20,7 +20,7 @@ from atari_hrvq.pretrained import pack_replay
 from atari_hrvq.world import Tokens, WorldModel, load_tokens, tokenise
 
 GAMES = ('pong', 'breakout')
-LOOP = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, tokenizer_steps=2, frames=8, dreams=6, horizon=4, batch=4, window=5, real_rows=12, real_actions=24)
+LOOP = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, tokenizer_steps=2, frames=8, dreams=6, horizon=4, batch=4, window=5, real_rows=12, real_actions=24, asked=.5)
 
 
 @pytest.fixture(scope='module')
@@ -167,11 +167,11 @@ def test_after_a_study_the_policy_does_what_it_did(parts, tmp_path, monkeypatch)
 
 
 def test_a_fresh_agent_sees_only_what_it_is_given(parts, tmp_path):
-    loop = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, first=60, begin_tokenizer=9, frames=30)
+    loop = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, first=60, begin_tokenizer=9, frames=30, cell_hidden=32, cell_blocks=1)
     replay = {g: [head(e, loop.first)] for g, e in parts[1].items()}
     assert all(len(p[0]) == 60 and len(p[0].seeds) == p[0].episode[-1] + 1 for p in replay.values())
     agent = fresh_agent(Stage('10_agent', tmp_path, 'smoke', GAMES, 0), replay, loop)
-    assert agent.tokenizer.started and agent.world.config.tokenizer == agent.tokenizer.hash()
+    assert agent.tokenizer.started and agent.world.config.tokenizer == agent.tokenizer.hash() and agent.world.heads.place.shape[1] == 32 and len(agent.world.heads.blocks) == 1
 
 
 @pytest.fixture

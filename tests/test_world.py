@@ -7,7 +7,7 @@ import torch
 from atari_hrvq.core import BookError, FitConfig, fit
 from atari_hrvq.dream import Contexts, DreamEnv, DreamVectorEnv, events_ahead
 from atari_hrvq.frames import Episodes
-from atari_hrvq.world import Tokens, WorldConfig, WorldModel, evenly, f1, token_batches, tokenise
+from atari_hrvq.world import LevelHeads, Tokens, WorldConfig, WorldModel, evenly, f1, token_batches, tokenise
 
 SMALL = dict(grid=1, levels=2, codes=8, cell_dim=4, dim=32, heads=2, experts=(1, 2), windows=(3, 6), hidden=32, shared_hidden=8, cell_hidden=16, corrupt=.1)
 
@@ -334,13 +334,39 @@ def test_save_and_load(tmp_path, learnt):
 
 
 def test_models_from_before_wide_heads_load_as_they_were_made(tmp_path):
-    narrow = WorldModel(WorldConfig(**SMALL, head_hidden=0)).eval(); folder = narrow.save_pretrained(tmp_path / 'old')
-    said = json.loads((folder / 'config.json').read_text()); assert said.pop('head_hidden') == 0
+    narrow = WorldModel(WorldConfig(**SMALL, head_hidden=0, cell_blocks=0)).eval(); folder = narrow.save_pretrained(tmp_path / 'old')
+    said = json.loads((folder / 'config.json').read_text()); assert said.pop('head_hidden') == said.pop('cell_blocks') == 0
     (folder / 'config.json').write_text(json.dumps(said))
     again, x = WorldModel.from_pretrained(folder), torch.randn(3, 1, SMALL['cell_hidden'])
-    assert again.config.head_hidden == 0 and again.heads.free[0][0].out_features == SMALL['cell_hidden'] and torch.equal(again.heads.free[0](x), narrow.heads.free[0](x))
+    assert again.config.head_hidden == again.config.cell_blocks == len(again.heads.blocks) == 0 and again.heads.free[0][0].out_features == SMALL['cell_hidden'] and torch.equal(again.heads.free[0](x), narrow.heads.free[0](x))
     wide = WorldModel(WorldConfig(**SMALL))
     assert wide.heads.free[0][0].out_features == WorldConfig().head_hidden == WorldModel.from_pretrained(wide.save_pretrained(tmp_path / 'new')).config.head_hidden
+
+
+def test_cell_blocks_say_nothing_before_they_learn_and_are_the_same_for_every_cell():
+    config = {**SMALL, 'grid': 3}; torch.manual_seed(0); plain = LevelHeads(WorldConfig(**config, cell_blocks=0)); deep = LevelHeads(WorldConfig(**config, cell_blocks=2))
+    assert deep.load_state_dict(plain.state_dict(), strict=False).missing_keys and len(deep.blocks) == 2
+    h, recent = torch.randn(6, SMALL['dim']), torch.randn(6, 3, 9, SMALL['cell_dim'])
+    assert torch.equal(deep.features(h, recent), plain.features(h, recent))
+    for b in deep.blocks: torch.nn.init.normal_(b.down.weight)
+    f = plain.features(h, recent); assert not torch.allclose(deep.features(h, recent), f)
+    assert torch.allclose(deep.features(h, recent)[:, [4, 2]], deep.blocks(f[:, [4, 2]]), atol=1e-5)                    # cell by cell
+    assert torch.allclose(deep.features(h[:2], recent[:2]), deep.features(h, recent)[:2], atol=1e-4)                      # a few dreams go another way
+
+
+def test_asking_fewer_of_the_cells_that_stay_is_the_same_loss_on_average():
+    torch.manual_seed(0); model = WorldModel(WorldConfig(**{**SMALL, 'grid': 3, 'experts': (1, 1), 'corrupt': 0.}, cell_blocks=1, games=('pong',))).train()     # a router would shift its biases from call to call
+    torch.nn.init.normal_(model.heads.codebook); torch.nn.init.normal_(model.heads.blocks[0].down.weight)
+    codes = torch.randint(0, 8, (4, 7, 9, 2)); after = torch.where(torch.rand(4, 7, 9, 1) < .2, torch.randint(0, 8, codes.shape), codes)
+    window = (codes, torch.randint(0, 18, (4, 7)), torch.zeros(4, 7), torch.zeros(4, 7, dtype=torch.bool), torch.zeros(4, dtype=torch.long), after, torch.rand(4, 7) < .8)
+    def asked(share):
+        model.config.asked = share; model.zero_grad(); loss, parts = model.loss(*window); loss.backward()
+        return torch.stack([parts['level_0'], parts['level_1'], parts['reward']]).detach(), model.heads.local.grad.clone()
+    (whole, slope), (all_, same) = asked(1.), asked(1 - 1e-9)                                       # every cell is drawn: the same sum by the other way
+    assert torch.allclose(whole, all_, atol=1e-5) and torch.allclose(slope, same, atol=1e-5) and model.graphs is False
+    some = torch.stack([asked(.25)[0] for _ in range(200)])
+    assert (some[:, :2].std(0) > .01).all() and ((some.mean(0) - whole)[:2].abs() < 4 * some[:, :2].std(0) / 200 ** .5).all() and torch.equal(some[0, 2], whole[2])
+    assert torch.allclose(model.eval().loss(*window)[1]['level_0'], whole[0], atol=1e-5)                  # what is measured asks all
 
 
 def test_resume_is_bitwise(tmp_path):

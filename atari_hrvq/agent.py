@@ -477,7 +477,8 @@ def learn(stage, agent, ppo, replay, c, name='agent', known=0):
     if history:
         agent.tokenizer.load_state_dict(saved['tokenizer']); agent.world.load_state_dict(saved['world']); agent.world.config.tokenizer = agent.tokenizer.hash()
         ppo.load_state(saved['ppo'])
-    agent.policy.config.mix, agent.world.config.corrupt, agent.world.config.scheduled, agent.world.config.ending, agent.world.config.asked = c.mix, c.corrupt, c.scheduled, c.ending, c.asked
+    agent.policy.config.mix = c.mix
+    for k in ('corrupt', 'scheduled', 'ending', 'asked'): setattr(agent.world.config, k, getattr(c, k))
     agent.power = c.power
     agent.measure(replay)
     steps, before, read = lambda: sum(len(e) for e in next(iter(replay.values()))), agent.real_steps - known, {}

@@ -160,7 +160,7 @@ class WorldConfig:
     asked: float = 1.                   # share of the cells that stay whose heads are asked in a training step; these weigh as many times more. What changes is always asked
     ending: float = 1.                  # weight of the ending's cross-entropy, which is a step in a few hundred
     tokenizer: str = ''                 # hash of the tokenizer whose codes it predicts
-    before = {'head_hidden': 0, 'cell_blocks': 0}         # of models saved before this could be set
+    before = {'head_hidden': 0}         # of models saved before this could be set
 
 # %% ../nbs/07_world.ipynb #block
 class Block(nn.Module):
@@ -230,9 +230,15 @@ class LevelHeads(nn.Module):
     def features(self, h_ND, history_N):
         "[N, P, H] from trunk states [N, D] and cell vectors of the last frames, `history` or more [N, h, P, cell_dim]."
         c = self.config
-        N, G = len(h_ND), c.grid
-        f = self.from_trunk(h_ND).view(N, G * G, -1) + self.place
-        if c.history: f = f + (self.few(history_N) if N <= 4 and not h_ND.is_cuda else self.many(history_N))
+        f = self.from_trunk(h_ND).view(len(h_ND), c.grid ** 2, -1) + self.place
+        if c.history: f = f + (self.few(history_N) if len(h_ND) <= 4 and not h_ND.is_cuda else self.many(history_N))
+        return self.blocks(f)
+
+    def some(self, h_ND, history_N, frames_M, cells_M):
+        "`features` of the cells `cells` in the frames `frames` alone, int64 [M] each: [M, H]."
+        c = self.config
+        f = self.from_trunk(h_ND).view(len(h_ND), c.grid ** 2, -1)[frames_M, cells_M] + self.place[cells_M]
+        if c.history: f = f + torch.addmm(self.local_bias, self.around(history_N)[frames_M[:, None], self.neighbours.view(-1, 9)[cells_M]].flatten(1), self.local.flatten(0, 2))
         return self.blocks(f)
 
     def many(self, history_N):
@@ -270,26 +276,18 @@ class LevelHeads(nn.Module):
         if l == 0: f = f + (self.scene(codes + self.offset).sum(1, keepdim=True) if scene is None else scene)
         return f + self.chosen[l](codes), z - self.codebook[l][codes]
 
-    def forward(self, h_ND, history_N, codes_NPL):
-        "Teacher forced: list of L logits [N, P, K]."
-        f, z, out = self.features(h_ND, history_N), history_N[:, -1], []
+    def forward(self, h_ND, history_N, codes_NPL, cells=None):
+        "Teacher forced: list of L logits [N, P, K]; with `cells`, `(frames, cells)` int64 [M] each, of these alone, [M, K]."
+        scene, out = None, []
+        if cells is None: f, z = self.features(h_ND, history_N), history_N[:, -1]
+        else:
+            scene = self.scene(codes_NPL[..., 0] + self.offset).sum(1)[cells[0], None]
+            f, z, codes_NPL = (x[:, None] for x in (self.some(h_ND, history_N, *cells), history_N[:, -1][cells], codes_NPL[cells]))
         for l in range(self.config.levels):
             logits, z = self.level(l, f, z)
             out.append(logits)
-            if l + 1 < self.config.levels: f, z = self.given(l, f, z, codes_NPL[..., l])
-        return out
-
-    def some(self, h_ND, history_N, codes_NPL, rows_M, cells_M):
-        "Teacher forced, for the cells `cells` int64 [M] of the frames `rows` int64 [M] alone: list of L logits [M, K], the same as `forward` has there."
-        c, out = self.config, []
-        f = self.from_trunk(h_ND).view(len(h_ND), c.grid ** 2, -1)[rows_M, cells_M] + self.place[cells_M]
-        if c.history: f = f + torch.addmm(self.local_bias, self.around(history_N)[rows_M[:, None], self.neighbours.view(-1, 9)[cells_M]].flatten(1), self.local.flatten(0, 2))
-        f, z, scene = self.blocks(f)[:, None], history_N[rows_M, -1, cells_M][:, None], self.scene(codes_NPL[..., 0] + self.offset).sum(1)[rows_M, None]
-        for l in range(c.levels):
-            logits, z = self.level(l, f, z)
-            out.append(logits[:, 0])
-            if l + 1 < c.levels: f, z = self.given(l, f, z, codes_NPL[rows_M, cells_M, l][:, None], scene)
-        return out
+            if l + 1 < self.config.levels: f, z = self.given(l, f, z, codes_NPL[..., l], scene)
+        return out if cells is None else [x[:, 0] for x in out]
 
     def sample(self, h_ND, history_N, temperature, draws):
         "int64 [N, P, L]; `temperature`: one a level, 0 for the most likely code; `draws`: one a level, see `choose`."
@@ -378,7 +376,7 @@ class Contrast(nn.Module):
 # %% ../nbs/07_world.ipynb #world
 class WorldOutput(NamedTuple):
     hidden: torch.Tensor       # [B, T, D]
-    logits: list               # L tensors [B, T, P, K]
+    logits: list               # L tensors [B, T, P, K], or [M, K] of the cells that were asked
     reward: torch.Tensor       # [B, T, A, n]: logits of the two-hot rewards of this and the next A - 1 steps
     proceed: torch.Tensor      # [B, T]: logit that the game goes on
     aux: list                  # per layer: what the experts report
@@ -400,10 +398,15 @@ class Step(NamedTuple):
     proceed: torch.Tensor      # [B]: probability that the game goes on
     points: torch.Tensor       # [B]: expected reward in the game's own points
 
-def level_losses(logits, codes, following, known, changed):
-    "`{'level_0': ...}`: @eq-changed of the logits [B, T, P, K] of each level, in nats a token; a cell that `changed` in any level between `codes` and `following` uint8 [B, T, P, L] weighs that many times as much."
-    weight = (torch.where((following != codes).any(-1), float(changed), 1.) * known[..., None]).flatten()
-    return {f'level_{l}': (F.cross_entropy(x.flatten(0, 2).float(), following[..., l].long().flatten(), reduction='none') * weight).sum() / weight.sum() for l, x in enumerate(logits)}
+def level_losses(logits, codes, following, known, changed, cells=None, share=1.):
+    """`{'level_0': ...}`: @eq-changed of the logits [B, T, P, K] of each level, in nats a token; a cell that `changed` in any level between `codes` and `following` uint8 [B, T, P, L] weighs that many times as much.
+
+    @eq-asked with `cells`, the `(frames, cells)` int64 [M] each that logits [M, K] are of: all that change and a `share` of the others."""
+    moved = (following != codes).any(-1)
+    weight = torch.where(moved, float(changed), 1.) * known[..., None]
+    total = weight.sum()
+    if cells is not None: weight, following = (x.flatten(0, 1)[cells] for x in (torch.where(moved, weight, weight / share), following))
+    return {f'level_{l}': (F.cross_entropy(x.flatten(0, -2).float(), following[..., l].long().flatten(), reduction='none') * weight.flatten()).sum() / total for l, x in enumerate(logits)}
 
 class WorldModel(Pretrained):
     "Predicts the next tokens of a game, its reward, and whether it goes on."
@@ -470,21 +473,22 @@ class WorldModel(Pretrained):
         padded = torch.cat([z_BTPD[:, :1].expand(-1, n - 1, -1, -1), z_BTPD], 1)
         return torch.stack([padded[:, i:i + z_BTPD.shape[1]] for i in range(n)], 2)
 
-    def forward(self, codes_BTPL, actions_BT, game_B, following_BTPL):
-        "Teacher-forced `WorldOutput`; `following` are the codes of the next frames."
+    def forward(self, codes_BTPL, actions_BT, game_B, following_BTPL, cells=None):
+        "Teacher-forced `WorldOutput`; `following` are the codes of the next frames. With `cells`, see `drawn`, the logits are [M, K], of these alone."
         B, T = actions_BT.shape
         self.check_codes(codes_BTPL)
         z = self.vectors(codes_BTPL)
         h, aux = self.trunk(z, actions_BT, game_B)
-        logits = self.heads(h.flatten(0, 1), self.recent(z).flatten(0, 1), following_BTPL.long().flatten(0, 1))
-        return WorldOutput(h, [x.unflatten(0, (B, T)) for x in logits], self.reward(h), self.proceed(h)[..., 0], aux)
+        logits = self.heads(h.flatten(0, 1), self.recent(z).flatten(0, 1), following_BTPL.long().flatten(0, 1), cells)
+        return WorldOutput(h, [x.unflatten(0, (B, T)) for x in logits] if cells is None else logits, self.reward(h), self.proceed(h)[..., 0], aux)
 
     def loss(self, codes, actions, rewards, done, game, following, known):
         "Sum of cross-entropies (nats a token, those of changing cells `changed` times, a reward, an ending), the contrast and the experts' balance; see `token_batches` for the shapes."
         if self.training and self.config.scheduled: codes = self.drifted(codes, actions, game)
         c, shown = self.config, self.corrupted(codes, game) if self.training and self.config.corrupt else codes
-        if self.training and c.asked < 1: out, parts = self.ask(codes, shown, actions, game, following, known)
-        else: out = self(shown, actions, game, following); parts = level_losses(out.logits, codes, following, known, c.changed)
+        cells = self.drawn(codes, following, known) if self.training and c.asked < 1 else None
+        out = self(shown, actions, game, following, cells)
+        parts = level_losses(out.logits, codes, following, known, c.changed, cells, c.asked)
         parts['reward'], parts['rewards_ahead'] = self.reward.loss(out.reward, rewards, known & ~done)
         parts['proceed'] = F.binary_cross_entropy_with_logits(out.proceed.float(), 1 - done.float())
         total = sum(parts.values()) + (c.ending - 1) * parts['proceed'] + (balance := sum(a['balance_loss'] for a in out.aux))
@@ -493,16 +497,12 @@ class WorldModel(Pretrained):
             total = total + c.contrast_weight * parts['contrast']
         return total, {**parts, 'balance': balance}
 
-    def ask(self, codes, shown, actions, game, following, known):
-        "`forward` on the codes `shown`, with no logits, and an estimate of `level_losses` without bias, from the heads of all cells that change and of a share `asked` of the others: most cells stay, and cost as much as those that do not."
-        c, z = self.config, self.vectors(shown)
-        h, aux = self.trunk(z, actions, game)
-        moved, following, known = ((following != codes).any(-1) & known[..., None]).flatten(0, 1), following.long().flatten(0, 1), known.flatten()[:, None]
-        rows, cells = (moved | known & (torch.rand(moved.shape, device=moved.device) < c.asked)).nonzero(as_tuple=True)
-        weight = torch.where(moved[rows, cells], float(c.changed), 1 / c.asked) / (known.expand_as(moved).sum() + (c.changed - 1) * moved.sum())
-        logits = self.heads.some(h.flatten(0, 1), self.recent(z).flatten(0, 1), following, rows, cells)
-        parts = {f'level_{l}': (F.cross_entropy(x.float(), following[rows, cells, l], reduction='none') * weight).sum() for l, x in enumerate(logits)}
-        return WorldOutput(h, [], self.reward(h), self.proceed(h)[..., 0], aux), parts
+    def drawn(self, codes, following, known):
+        "`(frames, cells)` int64 [M] each, frames counted through the batch: all known cells that change, and a share `asked` of the others, since most cells stay and cost as much as those that do not."
+        share = self.config.asked
+        require(share > 0, f'asked is a share of the cells that stay, above 0 and up to 1, got {share}')
+        moved = (following != codes).any(-1)
+        return (known[..., None] & (moved | (torch.rand(moved.shape, device=moved.device) < share))).flatten(0, 1).nonzero(as_tuple=True)
 
     @torch.no_grad()
     def drifted(self, codes, actions, game, passes=2, temperature=.5):

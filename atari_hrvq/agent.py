@@ -20,15 +20,15 @@ from .dream import SIDES, Contexts, DreamVectorEnv, ball_readers, losses_told, m
 from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, MIRROR, MIRRORED, mirrored, regenerate, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
 from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, gae, log_prob_of, realised, rollout, score_of_play, standardised
-from .world import Tokens, WorldModel, token_accuracy, token_batches, tokenise
+from .world import Tokens, WorldModel, join_tokens, token_accuracy, token_batches, tokenise
 
 # %% auto #0
-__all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'join_tokens', 'improve', 'GameVectorEnv',
-           'seen_after', 'real_returns', 'returns_to_hold', 'real_advantages', 'LoopConfig', 'replay_frames', 'head',
-           'fresh_agent', 'study', 'known_before', 'tell', 'learn', 'going_on', 'dreaming_on', 'first_play',
-           'Imitation', 'both_see', 'imitate', 'learn_from', 'with_new_eyes', 'packed_replay', 'shipped_part',
-           'shipped_replay', 'kept', 'remembered', 'given_play', 'what_was_done', 'from_given', 'random_play',
-           'train_agent', 'by_depth', 'who_returns']
+__all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'improve', 'GameVectorEnv', 'seen_after',
+           'real_returns', 'returns_to_hold', 'real_advantages', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent',
+           'study', 'known_before', 'tell', 'learn', 'going_on', 'dreaming_on', 'first_play', 'Imitation', 'both_see',
+           'imitate', 'learn_from', 'with_new_eyes', 'packed_replay', 'shipped_part', 'shipped_replay', 'kept',
+           'remembered', 'given_play', 'what_was_done', 'from_given', 'random_play', 'train_agent', 'by_depth',
+           'who_returns']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -182,13 +182,6 @@ def play(agent, games, each, steps, seed, protocol='atari100k', desc='playing', 
         frames, actions, rewards, terminated, truncated, life_lost, episode, ram = (np.concatenate(c).astype(k) for c, k in zip(columns, kinds, strict=True))
         out[g] = Episodes(g, protocol, frames, actions, rewards, terminated, truncated, life_lost, episode, ram, np.asarray(all_seeds, np.int64))
     return out
-
-# %% ../nbs/10_agent.ipynb #memory
-def join_tokens(parts):
-    "One `Tokens` from several, with episodes numbered on."
-    offset = np.cumsum([0] + [int(p.episode.max()) + 1 for p in parts])
-    cat = {k: torch.cat([getattr(p, k) for p in parts]) for k in ('codes', 'actions', 'rewards', 'done')}
-    return Tokens(**cat, episode=torch.cat([p.episode + int(o) for p, o in zip(parts, offset, strict=False)]))
 
 # %% ../nbs/10_agent.ipynb #improve
 def improve(agent, ppo, contexts, iterations, dreams, horizon, seed, *, real=None, real_rows=1_200, played=None, real_actions=3_600, checkpoint=None, every_s=20., temperature=(.5, 0., 0.), falling=False, foresight=True, half=False, desc='dreaming'):

@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from PIL import Image
 from .core import BookError, Stage, choices, progress, require, rng_for, write_atomic
-from .encoder import fit_probe
+from .encoder import episode_draws, fit_probe
 from .frames import ACTIONS, SCREEN, LegalActions, action_mask, load_episodes, state_labels
 from .hrvq import BALL_BOX, Tokenizer, ball_position
 from .world import WorldModel, evenly, f1, load_tokens, token_batches, uniform
@@ -21,9 +21,9 @@ from .world import WorldModel, evenly, f1, load_tokens, token_batches, uniform
 # %% auto #0
 __all__ = ['MEETINGS', 'SIDES', 'FLIGHTS', 'Contexts', 'observation_size', 'observe', 'Foresight', 'DreamVectorEnv', 'DreamEnv',
            'make_dream', 'OpenLoop', 'open_loop', 'position_probes', 'ball_readers', 'misplaced', 'extrapolate',
-           'untouched_within', 'from_serve', 'events_ahead', 'meetings', 'begins', 'losses_told', 'told_apart',
-           'told_of', 'balls_back', 'returned', 'flights', 'flown', 'by_speed', 'endings_told', 'dream_gif',
-           'reliability']
+           'flies_free', 'flight_of', 'share_of_flights', 'from_serve', 'events_ahead', 'meetings', 'begins',
+           'losses_told', 'told_apart', 'told_of', 'balls_back', 'returned', 'flights', 'flown', 'by_speed',
+           'endings_told', 'dream_gif', 'reliability']
 
 # %% ../nbs/08_dream.ipynb #contexts
 class Contexts:
@@ -248,11 +248,22 @@ def extrapolate(before, now, steps, low, high):
     return x + low
 
 # %% ../nbs/08_dream.ipynb #untouched
-def untouched_within(off_2MS, x_ST, there_ST, pixels=5):
-    "`(n, shares [M])`: the ball was there all the time and `x` never turned round in n of S stretches, so nobody hit it; in which share of these each of M readings is within `pixels` of it. `off`: errors in x and in y."
-    way = np.diff(x_ST, axis=1)
-    free = there_ST.all(1) & ((way > 0).all(1) | (way < 0).all(1))
-    return int(free.sum()), (np.hypot(*off_2MS)[:, free] <= pixels).mean(1).tolist() if free.any() else []
+def flies_free(x_N, there_N, at_S, steps):
+    "bool [S]: is the ball there at `at` and for `steps` steps more, and does it never turn round in `x` [N] meanwhile, so that nobody hits it?"
+    path = at_S[:, None] + np.arange(steps + 1)
+    way = np.diff(x_N[path], axis=1)
+    return there_N[path].all(1) & ((way > 0).all(1) | (way < 0).all(1))
+
+def flight_of(x_N, there_N):
+    "int64 [N]: the number of the flight that each frame belongs to; a new one begins where the ball turns round in `x` or appears."
+    way = np.sign(np.diff(x_N, prepend=x_N[:1])) * there_N * np.r_[False, there_N[:-1]]            # 0: where it came from is not known
+    return np.cumsum(way != np.r_[0, way[:-1]])
+
+def share_of_flights(near_MS, flight_S, seed=0, draws=1000):
+    "`(shares [M], lo [M], hi [M])` of S stretches for which each of M readings is right, with 95% bootstrap intervals over the flights that they are of: two stretches of one flight say little more than one."
+    order = np.argsort(flight_S, kind='stable'); near_MS = np.asarray(near_MS, float)[:, order]
+    drawn = episode_draws(flight_S[order], lambda rows: near_MS[:, rows].mean(1), draws, seed)
+    return near_MS.mean(1), *np.quantile(drawn, [.025, .975], axis=0)
 
 # %% ../nbs/08_dream.ipynb #served
 def from_serve(x_N, there_N, at_S):

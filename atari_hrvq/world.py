@@ -12,17 +12,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import (BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, fingerprint, fit, load_checkpoint, require, rng_for, reward_bins,
+from .core import (BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, derive, fingerprint, fit, load_checkpoint, require, rng_for, reward_bins,
                              save_checkpoint, symexp, symlog, two_hot)
-from .frames import ACTIONS, episode_windows, load_episodes
+from .frames import ACTIONS, RandomPolicy, collect, episode_windows, load_episodes
 from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
-__all__ = ['Tokens', 'evenly', 'tokenise', 'load_tokens', 'token_batches', 'rope_angles', 'rotate', 'rope', 'RMSNorm',
-           'WorldConfig', 'Block', 'Embedding', 'CellBlock', 'LevelHeads', 'choose', 'uniform', 'RewardHead',
-           'Contrast', 'WorldOutput', 'Cache', 'Step', 'level_losses', 'WorldModel', 'fill_rings', 'advance',
-           'token_accuracy', 'f1']
+__all__ = ['Tokens', 'evenly', 'tokenise', 'join_tokens', 'load_tokens', 'play_tokens', 'token_batches', 'rope_angles', 'rotate',
+           'rope', 'RMSNorm', 'WorldConfig', 'Block', 'Embedding', 'CellBlock', 'LevelHeads', 'choose', 'uniform',
+           'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step', 'level_losses', 'WorldModel', 'fill_rings',
+           'advance', 'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -70,15 +70,35 @@ def tokenise(tokenizer, episodes):
     t = torch.from_numpy
     return Tokens(codes, t(episodes.actions), t(episodes.rewards), t(episodes.terminated | episodes.life_lost), t(episodes.episode))
 
-def load_tokens(stage, tokenizer, game, split='train'):
-    "The `Tokens` of chapter 1's episodes; encoded once for a tokenizer and kept in the run's cache."
-    episodes, path = load_episodes(stage, game, split), stage.folder / 'cache' / f'tokens-{game}-{split}.safetensors'
+def join_tokens(parts):
+    "One `Tokens` from several, with episodes numbered on."
+    offset = np.cumsum([0] + [int(p.episode.max()) + 1 for p in parts])
+    cat = {k: torch.cat([getattr(p, k) for p in parts]) for k in ('codes', 'actions', 'rewards', 'done')}
+    return Tokens(**cat, episode=torch.cat([p.episode + int(o) for p, o in zip(parts, offset, strict=False)]))
+
+def _kept(stage, name, tokenizer, source, make):
+    "The `Tokens` that `make()` returns for a tokenizer and a `source`, made once and kept in the run's cache."
+    path = stage.folder / 'cache' / f'tokens-{name}.safetensors'
     weights = hashlib.sha256(b''.join(v.cpu().numpy().tobytes() for v in tokenizer.state_dict().values())).hexdigest()
-    mark = fingerprint(weights, stage.index()[f'frames-{game}-{split}.safetensors']['sha256'], modules=('core', 'frames', 'encoder', 'vq', 'hrvq', 'world'))
+    mark = fingerprint(weights, source, modules=('core', 'frames', 'encoder', 'vq', 'hrvq', 'world'))
     if saved := load_checkpoint(path, mark): return Tokens(**{k: v for k, v in saved.items() if k != 'mark'})
-    tokens = tokenise(tokenizer, episodes)
+    tokens = make()
     save_checkpoint(path, mark, vars(tokens))
     return tokens
+
+def load_tokens(stage, tokenizer, game, split='train'):
+    "The `Tokens` of chapter 1's episodes; encoded once for a tokenizer and kept in the run's cache."
+    episodes = load_episodes(stage, game, split)
+    return _kept(stage, f'{game}-{split}', tokenizer, stage.index()[f'frames-{game}-{split}.safetensors']['sha256'], lambda: tokenise(tokenizer, episodes))
+
+def play_tokens(stage, tokenizer, game, steps, part=50_000):
+    """`Tokens` of `steps` agent steps more of chapter 1's random play, with seeds of their own; kept in the run's cache.
+    Of their frames, 7 KB each, no more than `part` are held at a time, and none are kept."""
+    def make():
+        parts = [min(part, steps - a) for a in range(0, steps, part)]
+        return join_tokens([tokenise(tokenizer, collect(game, RandomPolicy(game), n, derive(stage.seed, 'more', i), workers=0, desc=f'{game}, more play {i + 1} of {len(parts)}')) for i, n in enumerate(parts)])
+    require(steps > 0 and part > 0, f'expected steps to play and a part to play at a time, got {steps} and {part}')
+    return _kept(stage, f'{game}-more-{steps}', tokenizer, (stage.seed, part), make)
 
 def token_batches(data, size, length, recent=None, by_age=0.):
     """A function of `rng` that draws windows, equal numbers of each game: `(codes, actions, rewards, done, game, following, known)`.

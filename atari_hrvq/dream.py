@@ -255,9 +255,10 @@ def flies_free(x_N, there_N, at_S, steps):
     return there_N[path].all(1) & ((way > 0).all(1) | (way < 0).all(1))
 
 def flight_of(x_N, there_N):
-    "int64 [N]: the number of the flight that each frame belongs to; a new one begins where the ball turns round in `x` or appears."
-    way = np.sign(np.diff(x_N, prepend=x_N[:1])) * there_N * np.r_[False, there_N[:-1]]            # 0: where it came from is not known
-    return np.cumsum(way != np.r_[0, way[:-1]])
+    "int64 [N], never falling: the number of the flight that each frame belongs to; a new one begins where the ball turns round in `x`, appears or vanishes. The frame in which it appears has a number of its own, since where it came from is not known."
+    before = np.r_[False, there_N[:-1]]
+    way = np.sign(np.diff(x_N, prepend=x_N[:1])) * there_N * before
+    return np.cumsum((way != np.r_[0, way[:-1]]) | (there_N != before))
 
 def share_of_flights(near_MS, flight_S, seed=0, draws=1000):
     "`(shares [M], lo [M], hi [M])` of S stretches for which each of M readings is right, with 95% bootstrap intervals over the flights that they are of: two stretches of one flight say little more than one."
@@ -268,12 +269,9 @@ def share_of_flights(near_MS, flight_S, seed=0, draws=1000):
 # %% ../nbs/08_dream.ipynb #served
 def from_serve(x_N, there_N, at_S):
     "bool [S]: has the ball at `at` come straight from where it appeared? Going back from there, it vanishes before it ever turned round in `x` [N]. What nobody has hit yet flies as all serves do."
-    way, out = np.sign(np.diff(x_N, prepend=x_N[:1])), np.zeros(len(at_S), bool)                   # [N]: of the step that led to each
-    for j, t in enumerate(at_S):
-        k = t
-        while k > 0 and there_N[k - 1] and way[k] == way[t]: k -= 1
-        out[j] = k == 0 or not there_N[k - 1]
-    return out
+    flight = flight_of(x_N, there_N)
+    begun = np.searchsorted(flight, flight[at_S])                                                 # [S]: the first frame of its flight
+    return (begun < 2) | ~there_N[begun - 1] | ~there_N[begun - 2]
 
 # %% ../nbs/08_dream.ipynb #events-ahead
 def events_ahead(tokens, context, reach):

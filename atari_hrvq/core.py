@@ -464,6 +464,7 @@ def load_checkpoint(path, mark=None):
     "The checkpoint at `path` if it exists and carries `mark` (whatever it carries, if None is asked for), else None; a damaged file is named."
     if not path or not (path := Path(path)).exists(): return None
     tensors, meta = load_arrays(path)
+    require('tree' in meta, f'{path} is damaged (there is no tree in it): delete it and run the chapter that makes it again')
     skeleton = json.loads(meta['tree'])
     if mark is not None and dict(skeleton['__dict__'])['mark'] != mark: return None
     for name in json.loads(meta.get('pieces', '[]')):
@@ -485,7 +486,7 @@ def plot_history(history, keys=('loss',), ax=None, log=True):
     return ax
 
 # %% ../nbs/00_core.ipynb #makers
-MAKERS = {'frames': '01_frames', 'encoder': '02_encoder', 'vq': '03_vq', 'tokenizer': '04_hrvq', 'shared': '05_shared', 'moe': '06_moe',
+MAKERS = {'frames': '01_frames', 'encoder': '02_encoder', 'vq': '03_vq', 'tokenizer': '04_hrvq', 'motion_tokenizer': '05_shared', 'shared': '05_shared', 'moe': '06_moe',
           'world': '07_world', 'dream': '08_dream', 'ppo': '09_ppo', 'agent': '10_agent', 'scores': '11_evaluate'}
 
 SHIPPED = {'encoder': 'encoder', 'tokenizer': 'three-games/tokenizer', 'world': 'three-games/world', 'agent': 'three-games'}
@@ -560,9 +561,9 @@ class Stage:
 
     def load(self, name, cls=None):
         "Load what an earlier chapter saved: a model of class `cls`, or a tree. A missing or altered file is named."
-        maker = MAKERS.get(name.split('-')[0], 'that makes it')
+        maker = MAKERS.get(name.split('-')[0])
         entries = {k: v for k, v in self.index().items() if (k.startswith(f'{name}/') if cls else k == f'{name}.safetensors')}
-        require(entries, f'{self.folder} has no {name!r} yet: run chapter {maker} first (atari-hrvq run --run {self.folder} --to {maker})')
+        require(entries, f'{self.folder} has no {name!r} yet: ' + (f'run chapter {maker} first (atari-hrvq run --run {self.folder} --to {maker})' if maker else 'run the chapter that makes it first'))
         for file, entry in entries.items():
             require(self.path(file).exists(), f'{self.path(file)} is missing: run chapter {entry["chapter"]} again (atari-hrvq run --run {self.folder} --from {entry["chapter"]})')
             require(file_hash(self.path(file)) == entry['sha256'], f'{self.path(file)} was altered or cut short since chapter {entry["chapter"]} wrote it: run that chapter again (atari-hrvq run --run {self.folder} --from {entry["chapter"]})')

@@ -47,11 +47,11 @@ class Contexts:
             if by_age: age = d.age(); self.late[g] = [evenly(x, age[x + length - 1]) for x in (self.hot[g], self.plain[g])]
 
     def __call__(self, n, rng):
-        parts = []
+        parts, more = [], rng.permutation(len(self.data))[:n % len(self.data)]               # games and shares that do not come out even are drawn, so that one start at a time has them, too
         for j, (g, d) in enumerate(self.data.items()):
-            m = n // len(self.data) + (j < n % len(self.data))
-            k = int(m * self.share)
-            late = [int(x * self.by_age) for x in (k, m - k)]
+            m = n // len(self.data) + (j in more)
+            k = int(m * self.share + rng.random())
+            late = [int(x * self.by_age + rng.random()) for x in (k, m - k)]
             at = [rng.choice(self.hot[g], k - late[0]), rng.choice(self.plain[g], m - k - late[1]), *(draw(x, rng) for draw, x in zip(self.late.get(g, ()), late, strict=False))]
             at = torch.from_numpy(np.concatenate(at)[:, None] + np.arange(self.length))
             parts.append((d.codes[at], d.actions[at[:, :-1]], torch.full((m,), self.ids[j])))
@@ -172,7 +172,7 @@ class DreamEnv(gym.Env):
     metadata = {'render_modes': ['rgb_array'], 'render_fps': 15}
     def __init__(self, world, contexts, game, horizon=50, temperature=(.5, 0., 0.), tokenizer=None, render_mode=None):
         require(game in contexts.data, f'there are no contexts of {game!r}: expected one of {", ".join(contexts.data)}')
-        only = Contexts({game: contexts.data[game]}, list(world.config.games), contexts.length, contexts.share, contexts.reach, contexts.recent)
+        only = Contexts({game: contexts.data[game]}, list(world.config.games), contexts.length, contexts.share, contexts.reach, contexts.recent, contexts.by_age)
         self.dreams = DreamVectorEnv(world, only, 1, horizon, temperature, tokenizer=tokenizer)
         self.observation_space, self.action_space, self.render_mode = self.dreams.single_observation_space, LegalActions(game), render_mode
     def reset(self, *, seed=None, options=None):
@@ -356,7 +356,7 @@ def returned(x_BT, way, line, wait=14, least=1., near=15):
             if moves[t] > least and x[t + 1] > way * line:
                 last = t + 1
                 while last < T - 1 and moves[last] > least: last += 1
-                if last + wait >= T - 1: break
+                if last + wait > T - 1: break
                 away = np.flatnonzero(moves[last:last + wait] < -least)
                 steps.append(last); sent.append(len(away) > 0 and x[last + away[0]] > way * line - near)
                 t = last + (away[0] if len(away) else wait)

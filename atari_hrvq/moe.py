@@ -4,6 +4,7 @@
 
 # %% ../nbs/06_moe.ipynb #imports
 from __future__ import annotations
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from .core import BookError, FitConfig, Stage, count_parameters, derive, fit, pr
 
 # %% auto #0
 __all__ = ['swiglu', 'Permute', 'everyone', 'grouped', 'grouped_kernel', 'grouped_opaque', 'MoEConfig', 'MixtureOfExperts',
-           'active_parameters', 'without', 'prune_experts']
+           'active_parameters', 'silenced', 'without', 'prune_experts']
 
 # %% ../nbs/06_moe.ipynb #expert
 def swiglu(x_ND, inner_D2H, outer_HD):
@@ -134,10 +135,23 @@ def active_parameters(module):
         if isinstance(m, MixtureOfExperts): idle += (m.inner[0].numel() + m.outer[0].numel()) * (m.config.experts - m.config.top_k)
     return count_parameters(module) - idle
 
+# %% ../nbs/06_moe.ipynb #silence
+@contextmanager
+def silenced(module):
+    "Meanwhile the routed experts of every `MixtureOfExperts` in `module` return zeros (@eq-worth); shared experts, and single ones without a router, go on."
+    layers = [m for m in module.modules() if isinstance(m, MixtureOfExperts) and m.config.experts > 1]
+    kept = [m.outer.detach().clone() for m in layers]
+    try:
+        for m in layers: m.outer.data.zero_()
+        yield module
+    finally:
+        for m, outer in zip(layers, kept, strict=True): m.outer.data.copy_(outer)
+
+
 # %% ../nbs/06_moe.ipynb #prune
 def without(moe, expert, affinity=None):
-    """A copy of a `MixtureOfExperts` without one `expert`. `affinity` float [E]: the mean affinities of the tokens; the last expert of a layer
-    is no longer weighted by its router, so its output is scaled by its own."""
+    """A copy of a `MixtureOfExperts` without one `expert`. `affinity` float [E]: the mean affinities of the tokens; with `top_k` 1 the last expert
+    of a layer is no longer weighted by its router, so its output is scaled by its own. (Weights of several add up to 1, and the last one's is 1.)"""
     c = moe.config
     require(c.experts > 1 and 0 <= expert < c.experts, f'expert must be 0 to {c.experts - 1} of a layer with at least two, got {expert} of {c.experts}')
     keep = [e for e in range(c.experts) if e != expert]
@@ -147,7 +161,7 @@ def without(moe, expert, affinity=None):
             old = getattr(moe, name)
             p.copy_(old[:, keep] if name == 'router' else old if name.startswith('shared') else old[keep])
         if len(keep) > 1: new.bias.copy_(moe.bias[keep])
-        elif affinity is not None: new.outer *= affinity[keep[0]]
+        elif affinity is not None and c.top_k == 1: new.outer *= affinity[keep[0]]
     return new
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from .vq import VectorQuantizer, usage
 # %% auto #0
 __all__ = ['DIRECTIONS', 'count_table', 'game_information', 'Sharing', 'sharing_report', 'moving_cells', 'cell_motion',
            'cell_direction', 'cross_meaning', 'MotionCodes', 'SharedConfig', 'SharedTokenizer', 'GradientReversal',
-           'PressedConfig', 'PressedTokenizer', 'few_shot', 'bootstrap_episodes']
+           'divergence', 'PressedConfig', 'PressedTokenizer', 'few_shot', 'bootstrap_episodes']
 
 # %% ../nbs/05_shared.ipynb #counts
 def count_table(codes, game, games, size=256):
@@ -65,7 +65,8 @@ def moving_cells(frames, episode, grid, threshold=8):
     "bool [N, P]: cells in which a pixel changed by more than `threshold` since the previous frame of the same episode. frames uint8 [N, 84, 84]."
     change = np.zeros(frames.shape, bool)
     change[1:] = (np.abs(frames[1:].astype(np.int16) - frames[:-1]) > threshold) & (episode[1:] == episode[:-1])[:, None, None]
-    edge = np.arange(grid) * cell_size(grid)
+    size = cell_size(grid); edge, beyond = np.arange(grid) * size, grid * size - 84          # the last cells may reach over the frame
+    change = np.pad(change, ((0, 0), (0, beyond), (0, beyond)))
     return np.logical_or.reduceat(np.logical_or.reduceat(change, edge, 1), edge, 2).reshape(len(frames), -1)
 
 # %% ../nbs/05_shared.ipynb #variables
@@ -287,6 +288,10 @@ class GradientReversal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return -g
 
+def divergence(each):
+    "Mean divergence in nats of each row of `each` [G, K], a game's use of the codes, from the mean of the rows (@eq-marginals)."
+    return (each * (each / each.mean(0)).log()).sum(1).mean()
+
 @dataclass
 class PressedConfig(TokenizerConfig):
     pressure: str = 'centring'    # or adversary, or marginals
@@ -321,7 +326,7 @@ class PressedTokenizer(Tokenizer):
             return full, cost + F.cross_entropy(self.judge(GradientReversal.apply(q0)), of), metrics
         p = (-torch.cdist(flat, book).pow(2) / (z.detach().var() * z.shape[2] * .1)).softmax(1)
         each = torch.stack([p[of == g].mean(0) for g in range(G) if bool((of == g).any())]) + 1e-8
-        return full, cost + (each * (each / each.mean(0)).log()).sum(1).mean(), metrics
+        return full, cost + divergence(each), metrics
 
     @torch.no_grad()
     def decode_foreground(self, codes, levels=None, chunk=512, game=None):

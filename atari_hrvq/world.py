@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .core import (BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, derive, fingerprint, fit, load_checkpoint, require, rng_for, reward_bins,
-                             save_checkpoint, symexp, symlog, two_hot)
+                             save_checkpoint, symexp, symlog, two_hot, within)
 from .frames import ACTIONS, RandomPolicy, collect, episode_windows, load_episodes
 from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig
@@ -181,6 +181,10 @@ class WorldConfig:
     ending: float = 1.                  # weight of the ending's cross-entropy, which is a step in a few hundred
     tokenizer: str = ''                 # hash of the tokenizer whose codes it predicts
     before = {'head_hidden': 0}         # of models saved before this could be set
+    def __post_init__(self):
+        shares, counts = ('corrupt', 'scheduled', 'asked'), ('head_hidden', 'cell_blocks', 'history', 'contrast')
+        within(self, **dict.fromkeys(shares, (0, 1)), **dict.fromkeys(counts, (0, None)), **dict.fromkeys(('grid', 'levels', 'codes', 'top_k', 'ahead', 'bins', 'changed', 'ending'), (0, None)))
+        require(self.asked > 0 and self.grid > 0 and min(*self.experts, *self.windows) > 0, f'WorldConfig: asked and grid are above 0 and every layer has an expert and sees a step, got asked {self.asked}, grid {self.grid}, experts {self.experts} and windows {self.windows}')
 
 # %% ../nbs/07_world.ipynb #block
 class Block(nn.Module):
@@ -520,7 +524,6 @@ class WorldModel(Pretrained):
     def drawn(self, codes, following, known):
         "`(frames, cells)` int64 [M] each, frames counted through the batch: all known cells that change, and a share `asked` of the others, since most cells stay and cost as much as those that do not."
         share = self.config.asked
-        require(share > 0, f'asked is a share of the cells that stay, above 0 and up to 1, got {share}')
         moved = (following != codes).any(-1)
         return (known[..., None] & (moved | (torch.rand(moved.shape, device=moved.device) < share))).flatten(0, 1).nonzero(as_tuple=True)
 
@@ -529,7 +532,7 @@ class WorldModel(Pretrained):
         """`codes` with up to `scheduled` of the frames, a share drawn for each window, in the place of which stands what the model makes of the frames before them, level 0 drawn at `temperature`: what a dream makes of itself. With the second of the `passes` some of those before are such frames too.
 
         All frames are predicted at once from the last pass, which is what makes it cheap (scheduled sampling in parallel: Bengio et al., 2015; Mihaylova & Martins, 2019). The first two frames of a window are real: one alone does not tell what moves."""
-        require(0 <= self.config.scheduled <= 1, f'scheduled is a share of the frames, from 0 to 1, got {self.config.scheduled}')
+        require(actions.shape[1] >= 2, f'a model learns from its own slips in windows of at least 2 steps, got {actions.shape[1]}')
         now, (B, T), heat, was = codes, actions.shape, (temperature,) + (0.,) * (self.config.levels - 1), self.training
         self.eval()                                                          # the experts' balance counts what is learned, once
         share = torch.rand(B, 1, device=codes.device) * self.config.scheduled
@@ -624,11 +627,11 @@ WorldModel.start, WorldModel.restart, WorldModel.imagine, WorldModel.step = _sta
 @torch.no_grad()
 def token_accuracy(world, tokens, game, length, windows=64, seed=0):
     """Teacher-forced on `windows` windows of one game's `tokens`: per level `all`, `changed` and `copy` (the share that stays,
-    which is what copying gets), and F1 of rewards (any sign) and of endings. `game`: index into the model's games."""
+    which is what copying gets), `nats` of the three levels together, and F1 of rewards (any sign) and of endings. `game`: index into the model's games."""
     device = next(world.parameters()).device
     codes, actions, rewards, done, _, following, known = (x.to(device) for x in token_batches({'one': tokens}, windows, length)(rng_for(seed, 'accuracy', game)))
     out = world(codes, actions, torch.full((len(codes),), game, device=device), following)
-    moved, result = following != codes, {}
+    moved, result = following != codes, {'nats': sum(float(F.cross_entropy(x[known].flatten(0, 1).float(), following[known][..., l].flatten().long())) for l, x in enumerate(out.logits))}
     for l, logits in enumerate(out.logits):
         right, m = (logits.argmax(-1) == following[..., l])[known], moved[..., l][known]
         result[f'all_{l}'], result[f'changed_{l}'], result[f'copy_{l}'] = (float(x.float().mean()) for x in (right, right[m], ~m))

@@ -405,8 +405,12 @@ def step_at(model, temperature):
     (lambda m: Contexts({'breakout': toy(60)}, ['breakout'], 4, reach=0), 'reach at least 1'),
     (lambda m: Contexts({'breakout': toy(60)}, ['breakout'], 4, by_age=1.5), 'by_age is a share of the contexts'),
     (lambda m: token_batches({'breakout': toy(60)}, 2, 4, by_age=-.5), 'by_age is a share of the windows'),
-    (lambda m: WorldModel(WorldConfig(**{**SMALL, 'scheduled': 2.})).drifted(torch.zeros(1, 4, 1, 2, dtype=torch.uint8), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, dtype=torch.long)), 'scheduled is a share of the frames'),
-    (lambda m: envs(m).reset() and envs(m).render(), 'without its tokenizer')])
+    (lambda m: WorldModel(WorldConfig(**{**SMALL, 'scheduled': 2.})).drifted(torch.zeros(1, 4, 1, 2, dtype=torch.uint8), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, dtype=torch.long)), 'scheduled is from 0 to 1, got 2.0'),
+    (lambda m: WorldConfig(**{**SMALL, 'asked': 1.5}), 'asked is from 0 to 1, got 1.5'),
+    (lambda m: WorldConfig(**{**SMALL, 'asked': 0.}), 'asked and grid are above 0'),
+    (lambda m: WorldConfig(**{**SMALL, 'windows': (3, 0)}), 'every layer has an expert and sees a step'),
+    (lambda m: WorldConfig(**{**SMALL, 'head_hidden': -1}), 'head_hidden is 0 or more'),
+(lambda m: envs(m).reset() and envs(m).render(), 'without its tokenizer')])
 def test_bad_input(learnt, call, message):
     with pytest.raises(BookError, match=message): call(learnt)
 
@@ -438,6 +442,15 @@ def test_a_dream_of_its_own_has_the_starts_it_was_given(learnt):
     contexts = Contexts({'breakout': toy(400)}, ['breakout'], 4, hot=.3, reach=2, recent={'breakout': 300})
     mine = DreamEnv(learnt, contexts, 'breakout', temperature=(0., 0.)).dreams.contexts
     assert all(np.array_equal(getattr(mine, k)['breakout'], getattr(contexts, k)['breakout']) for k in ('plain', 'hot')) and mine.share == .3
+
+
+def test_starts_drawn_one_at_a_time_are_hot_as_often_as_was_asked_and_of_every_game():
+    data = {g: toy(400) for g in ('breakout', 'pong')}
+    contexts = Contexts(data, ['breakout', 'pong'], 4, hot=.5, reach=1); contexts.plain = {g: np.array([7]) for g in data}; contexts.hot = {g: np.array([90]) for g in data}
+    rng, hot = np.random.default_rng(0), data['pong'].codes[90:94]
+    drawn = [contexts(1, rng) for _ in range(400)]
+    assert not torch.equal(data['pong'].codes[7:11], hot)
+    assert abs(np.mean([torch.equal(codes[0], hot) for codes, *_ in drawn]) - .5) < .08 and abs(np.mean([int(game) for *_, game in drawn]) - .5) < .08
 
 
 def test_events_are_those_from_the_first_dreamt_step_on_until_the_game_is_over():

@@ -106,9 +106,7 @@ def arm_options(c):
     active = sum(c.hidden * min(c.top_k, e) + (c.shared_hidden if e > 1 else 0) for e in c.experts) // n
     width = sum(c.hidden * e + (c.shared_hidden if e > 1 else 0) for e in c.experts) // n
     uniform, one = {'experts': (most,) * n}, {'windows': (longest,) * n}
-    arms = {'by layer': {}, 'uniform': uniform, 'uniform, one window': {**uniform, **one}, 'pruned': uniform, 'dense, equal active': {'experts': (1,) * n, 'hidden': active},
-            'dense, equal total': {'experts': (1,) * n, 'hidden': width}, 'one window': one, 'no contrast': {'contrast': 0}, 'no corruption': {'corrupt': 0.}, 'all cells alike': {'changed': 1.}, 'rewards one step': {'ahead': 1},
-            'no local convolution': {'history': 0}, 'free logits only': {'distance': False},
-            'half as many experts': {'experts': tuple(max(1, e // 2) for e in c.experts)}, 'heads twice as wide': {'cell_hidden': 2 * c.cell_hidden}, 'heads four times as wide': {'cell_hidden': 4 * c.cell_hidden},
-            'heads wide inside': {'head_hidden': c.head_hidden}, 'the model now': {'head_hidden': c.head_hidden, 'corrupt': 0.}, 'flat': {}}
-    return {name: {'corrupt': .1, 'head_hidden': 0, **options} for name, options in arms.items()}
+    return {'by layer': {}, 'uniform': uniform, 'uniform, one window': {**uniform, **one}, 'pruned': uniform, 'dense, equal active': {'experts': (1,) * n, 'hidden': active},
+            'dense, equal total': {'experts': (1,) * n, 'hidden': width}, 'shared expert alone': {'experts': (1,) * n, 'hidden': c.shared_hidden}, 'half as many experts': {'experts': tuple(max(1, e // 2) for e in c.experts)}, 'one window': one, 'no contrast': {'contrast': 0},
+            'contexts corrupted': {'corrupt': .1}, 'all cells alike': {'changed': 1.}, 'rewards one step': {'ahead': 1}, 'no local convolution': {'history': 0}, 'free logits only': {'distance': False},
+            'heads narrow inside': {'head_hidden': 0}, 'flat': {}}

@@ -377,8 +377,9 @@ class LoopConfig:
     last: int = 1             # how many times as long the last round studies and dreams; it does not play, so it costs no real step
 
     def __post_init__(self):
-        counts = ('rounds', 'world_steps', 'iterations', 'first', 'begin_tokenizer', 'begin_world', 'tokenizer_steps', 'contrast', 'cell_blocks', 'imitate', 'real_rows', 'real_actions', 'power', 'ending', 'entropy', 'lr', 'world_lr', 'begin_lr', 'tokenizer_lr')
-        within(self, **dict.fromkeys(counts, (0, None)), **dict.fromkeys(('envs', 'frames', 'dreams', 'horizon', 'batch', 'hidden', 'cell_hidden', 'last'), (1, None)), **dict.fromkeys(('mix', 'corrupt', 'scheduled', 'hot', 'by_age'), (0, 1)), window=(2, None), asked=(.01, 1), real_steps=(self.envs, None))
+        counts = ('rounds', 'world_steps', 'first', 'begin_tokenizer', 'begin_world', 'tokenizer_steps', 'contrast', 'cell_blocks', 'imitate', 'real_rows', 'real_actions', 'power', 'ending', 'entropy', 'lr', 'world_lr', 'begin_lr', 'tokenizer_lr')
+        within(self, **dict.fromkeys(counts, (0, None)), **dict.fromkeys(('iterations', 'envs', 'frames', 'dreams', 'horizon', 'batch', 'hidden', 'cell_hidden', 'last'), (1, None)), **dict.fromkeys(('mix', 'corrupt', 'scheduled', 'hot', 'by_age'), (0, 1)), window=(2, None), asked=(.01, 1), real_steps=(self.envs, None))
+        require(self.mix < 1, f'LoopConfig: mix is a share from 0 to below 1, got {self.mix}')
 
 # %% ../nbs/10_agent.ipynb #replay
 def replay_frames(replay, games, size, newest=1, mirror=False):

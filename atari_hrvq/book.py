@@ -395,6 +395,11 @@ def sweep(run, seeds, on='here', slurm=None, root=None, **options):
 
     `on`: 'here', one after the other; 'local', all at once on this machine; 'slurm', as jobs with the parameters `slurm` of submitit (`partition`, `gpus_per_node`, `timeout_min`, ...)."""
     choices('place to run on', on, PLACES)
+    for what, known in (('profile', PROFILES), ('start', STARTS)):
+        if what in options: choices(what, options[what], known)
+    parse_games(options.get('games', GAMES))
+    for end in ('first', 'last'):
+        if options.get(end): find_stage(options[end])
     require(seeds and len(set(seeds)) == len(seeds), f'the seeds {list(seeds)} must be whole numbers, each named once')
     require(not slurm or on == 'slurm', f'parameters of slurm ({", ".join(slurm or {})}) mean nothing on {on!r}: use --on slurm, or leave them out')
     folders, root = {s: Path(run).absolute() / f'seed-{s}' for s in seeds}, root or repo_root()

@@ -41,7 +41,7 @@ def parser():
         x.add_argument('--run', default=run, help='the run folder (default: %(default)s)')
         x.add_argument('--profile', default=profile, help=f'budget: {", ".join(PROFILES)} (default: %(default)s)')
         x.add_argument('--games', default=','.join(GAMES), help='comma-separated (default: %(default)s)')
-        x.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+        x.add_argument('--seed', type=int, default=None if x is r else 0, help='default: 0')
         x.add_argument('--start', default='scratch', help='scratch; pretrained: train on from the shipped weights; replay: the same, but the agent plays nothing new and learns on from its shipped replay (default: %(default)s)')
     t.add_argument('--replay', metavar='FOLDER', help='begin with the play in replay.safetensors of this folder, its first first=N steps a game (0: all), in the place of random play: a fresh agent learns to see, to predict and to do what was done')
     t.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='a field of LoopConfig, such as rounds=3 (repeat it)')
@@ -57,8 +57,8 @@ def parser():
     o = sub.add_parser('outputs', help='copy the outputs of a run into nbs/, and execute the notebooks that are no stage'); o.add_argument('--run', default='runs/smoke', help='the run folder (default: %(default)s)')
     w = sub.add_parser('ship', help='copy a model of a run into pretrained/, with a card'); w.add_argument('name', help='encoder, tokenizer, motion_tokenizer; agent: all that plays, scored and checked; or a chapter, such as A2_ablations: its figures alone')
     w.add_argument('--run', default='runs/laptop', help='the run folder (default: %(default)s)'); w.add_argument('--to', default='pretrained', help='default: %(default)s')
-    w.add_argument('--as', dest='label', default='three-games', help='the folder of an agent (default: %(default)s)'); w.add_argument('--episodes', type=int, default=30, help='whole games that an agent is scored on (default: %(default)s)')
-    w.add_argument('--temperatures', default='', metavar='1,.5', help='of these the agent is to play at the best one of each game, chosen on other games (default: as it is)')
+    w.add_argument('--as', dest='label', help='the folder of an agent (default: three-games)'); w.add_argument('--episodes', type=int, help='whole games that an agent is scored on (default: 30)')
+    w.add_argument('--temperatures', metavar='1,.5', help='of these the agent is to play at the best one of each game, chosen on other games (default: as it is)')
     v = sub.add_parser('verify', help='check shipped weights: files, sizes, a stored dream'); v.add_argument('folder', help='such as pretrained/three-games')
     e = sub.add_parser('evaluate', help='play whole games with shipped weights'); e.add_argument('folder', help='such as pretrained/three-games')
     e.add_argument('--game', required=True, help='one of those that the weights know'); e.add_argument('--episodes', type=int, default=30, help='default: %(default)s'); e.add_argument('--seed', type=int, help='default: that of the shipped score')
@@ -73,8 +73,9 @@ def parser():
 def command_run(a):
     options, names, folders = {'profile': a.profile, 'games': a.games, 'first': a.first, 'last': a.last, 'start': a.start, 'jobs': a.jobs}, [s.name for s in STAGES], [a.run]
     require(a.seeds or (a.on == 'here' and not a.slurm), '--on and --slurm are for several seeds: give --seeds 0,1,2')
+    require(not a.seeds or a.seed is None, '--seed is for one run and --seeds for several: give one of them')
     if a.seeds: folders = sweep(a.run, whole_numbers(a.seeds), a.on, pairs(a.slurm), **options)
-    else: run_chain(a.run, seed=a.seed, **options)
+    else: run_chain(a.run, seed=a.seed or 0, **options)
     if not a.last or names.index(find_stage(a.last)) >= names.index('12_claims'):
         from atari_hrvq.claims import ledger_over, show_claims
         print(show_claims(ledger_over(folders) if a.seeds else read_claims(a.run)))
@@ -161,10 +162,13 @@ def temperatures(text):
     return found
 
 def command_ship(a):
-    require(a.episodes >= 1, f'--episodes {a.episodes} is no number from 1 on')
+    given = [f'--{k}' for k, v in (('as', a.label), ('episodes', a.episodes), ('temperatures', a.temperatures)) if v is not None]
+    require(a.name == 'agent' or not given, f'{", ".join(given)}: for an agent, which is scored; {a.name} is shipped as it is')
+    require(a.episodes is None or a.episodes >= 1, f'--episodes {a.episodes} is no number from 1 on')
     if a.name != 'agent': return ship(a.run, a.name, a.to)
     from atari_hrvq.pretrained import ship_agent
-    print(f'shipped: {ship_agent(a.run, Path(a.to) / a.label, {**hardware(), **versions()}, a.episodes, temperatures(a.temperatures))}')
+    folder = ship_agent(a.run, Path(a.to) / (a.label or 'three-games'), {**hardware(), **versions()}, a.episodes or 30, temperatures(a.temperatures))
+    print(f'shipped: {folder}')
 
 def command_verify(a):
     from atari_hrvq.pretrained import verify

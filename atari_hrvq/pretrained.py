@@ -32,7 +32,7 @@ __all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'is_large', 
 def dream_of(agent, codes, actions, game, steps=15, seed=0, temperature=(.5, 0., 0.)):
     """What `agent` dreams and does from contexts: codes uint8 [B, C, P, L], actions int64 [B, C-1], game int64 [B].
 
-    Returns arrays: `codes` uint8 [B, steps, P, L], `actions` int64, `reward` and `proceed` float32 [B, steps]. Follows from weights and seed alone: it is dreamt in one thread, for several add in another order."""
+    Returns arrays: `codes` uint8 [B, steps, P, L], `actions` int64, `reward` float32 and `proceed` bool [B, steps]. Follows from weights and seed alone: it is dreamt in one thread, for several add in another order."""
     seed_all(seed, 'stored dream')
     start = lambda n, rng: (codes, actions, game)
     env = DreamVectorEnv(agent.world, start, len(codes), steps, temperature, tensors=True)

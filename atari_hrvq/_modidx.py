@@ -121,6 +121,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                  'atari_hrvq.book._run': ('book.html#_run', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.busy': ('book.html#busy', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.chain_job': ('book.html#chain_job', 'atari_hrvq/book.py'),
+                                 'atari_hrvq.book.chain_plan': ('book.html#chain_plan', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.check_files': ('book.html#check_files', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.clock': ('book.html#clock', 'atari_hrvq/book.py'),
                                  'atari_hrvq.book.code_cells': ('book.html#code_cells', 'atari_hrvq/book.py'),

@@ -18,8 +18,8 @@ from .core import (BookError, GAMES, PROFILES, STARTS, choices, cores, file_hash
 __all__ = ['STAGES', 'PLACES', 'CARRIED', 'PIECES', 'StageSpec', 'find_stage', 'repo_root', 'code_cells', 'package_imports',
            'module_closure', 'outside', 'stage_key', 'stage_keys', 'upstream', 'clock', 'Running', 'Watch',
            'end_processes', 'hardware', 'versions', 'made_files', 'check_files', 'default_jobs', 'locked', 'busy',
-           'StageFailed', 'kernel_environment', 'logged_kernel', 'execute', 'run_chain', 'chain_job', 'sweep',
-           'status_table', 'read_claims', 'travels', 'pack_run', 'unpack_run']
+           'StageFailed', 'kernel_environment', 'logged_kernel', 'execute', 'chain_plan', 'run_chain', 'chain_job',
+           'sweep', 'status_table', 'read_claims', 'travels', 'pack_run', 'unpack_run']
 
 # %% ../nbs/91_book.ipynb #stages
 class StageSpec(NamedTuple):
@@ -311,11 +311,8 @@ def execute(root, folder, name, parameters, environment):
     require({k: wrote.get(k) for k in asked} == asked, f'{name} ran with {wrote or "nothing"} instead of {asked}: its parameters cell must carry the tag "parameters"')
 
 # %% ../nbs/91_book.ipynb #chain
-def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None, out=None, root=None, start='scratch', jobs=None):
-    """Run the chapters `first` to `last` (all by default) into the folder `run`; returns the manifest.
-
-    Finished chapters whose key and files are unchanged are skipped, unless `first` names them or an earlier one. `jobs` chapters
-    that do not need each other run at the same time and share the cores (default: `default_jobs`)."""
+def chain_plan(profile='laptop', games=GAMES, seed=0, first=None, last=None, start='scratch', jobs=None):
+    "`(parameters of the run, number of the first stage, of the last)`, or one sentence about what was asked wrongly."
     choices('profile', profile, PROFILES)
     require(seed >= 0, f'seed {seed!r} is not a whole number from 0 on')
     choices('start', start, STARTS)
@@ -323,8 +320,16 @@ def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None,
     names = [s.name for s in STAGES]
     a, b = names.index(find_stage(first)) if first else 0, names.index(find_stage(last)) if last else len(names) - 1
     require(a <= b, f'--from {names[a]} lies after --to {names[b]}: swap them')
-    root, folder = root or repo_root(), Path(run).absolute()
     require(jobs is None or jobs >= 1, f'{jobs} chapters at a time is no number from 1 on')
+    return parameters, a, b
+
+def run_chain(run, profile='laptop', games=GAMES, seed=0, first=None, last=None, out=None, root=None, start='scratch', jobs=None):
+    """Run the chapters `first` to `last` (all by default) into the folder `run`; returns the manifest.
+
+    Finished chapters whose key and files are unchanged are skipped, unless `first` names them or an earlier one. `jobs` chapters
+    that do not need each other run at the same time and share the cores (default: `default_jobs`)."""
+    parameters, a, b = chain_plan(profile, games, seed, first, last, start, jobs)
+    root, folder = root or repo_root(), Path(run).absolute()
     for m in ('papermill', 'nbclient', 'ipykernel'): require(find_spec(m), f'running the chapters needs {m}: install the extra (pip install "atari-hrvq[book]")')
     with locked(folder), contextlib.chdir(root):                     # papermill goes there for each chapter and comes back: two at a time must not carry each other away
         made = read_json(folder / 'run.json', {})
@@ -395,13 +400,9 @@ def sweep(run, seeds, on='here', slurm=None, root=None, **options):
 
     `on`: 'here', one after the other; 'local', all at once on this machine; 'slurm', as jobs with the parameters `slurm` of submitit (`partition`, `gpus_per_node`, `timeout_min`, ...)."""
     choices('place to run on', on, PLACES)
-    for what, known in (('profile', PROFILES), ('start', STARTS)):
-        if what in options: choices(what, options[what], known)
-    parse_games(options.get('games', GAMES))
-    for end in ('first', 'last'):
-        if options.get(end): find_stage(options[end])
     require(seeds and len(set(seeds)) == len(seeds), f'the seeds {list(seeds)} must be whole numbers, each named once')
     require(not slurm or on == 'slurm', f'parameters of slurm ({", ".join(slurm or {})}) mean nothing on {on!r}: use --on slurm, or leave them out')
+    for s in seeds: chain_plan(**{k: v for k, v in options.items() if k != 'out'}, seed=s)                # a mistake is said before anything starts
     folders, root = {s: Path(run).absolute() / f'seed-{s}' for s in seeds}, root or repo_root()
     if on == 'here': said = {s: chain_job(f, root, {**options, 'seed': s}) for s, f in folders.items()}
     else:

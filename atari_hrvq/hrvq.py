@@ -145,7 +145,8 @@ class Tokenizer(Pretrained):
     def decode(self, codes, game, levels=None):
         "uint8 codes [N, P, L] -> pictures float [N, 84, 84] in gray levels. `game`: a name, an index, or an index for each, int64 [N]."
         game = torch.as_tensor(self.game_index(game) if isinstance(game, str) else game, device=codes.device).expand(len(codes))
-        require(((game >= 0) & (game < len(self.config.games))).all(), f'a game is an index from 0 to {len(self.config.games) - 1} or one of {", ".join(self.config.games)}, got {game.unique().tolist()}')
+        unknown = game[(game < 0) | (game >= len(self.config.games))]
+        require(not len(unknown), f'a game is an index from 0 to {len(self.config.games) - 1} or one of {", ".join(self.config.games)}, got {unknown[:1].tolist()}')
         return (self.background.median[game] + 64 * self.decode_foreground(codes, levels, game=game)).clamp(0, 255)
 
     def hash(self):

@@ -147,7 +147,6 @@ def silenced(module):
     finally:
         for m, outer in zip(layers, kept, strict=True): m.outer.data.copy_(outer)
 
-
 # %% ../nbs/06_moe.ipynb #prune
 def without(moe, expert, affinity=None):
     """A copy of a `MixtureOfExperts` without one `expert`. `affinity` float [E]: the mean affinities of the tokens; with `top_k` 1 the last expert

@@ -63,10 +63,9 @@ def sharing_report(codes, game, games=3, size=256):
 # %% ../nbs/05_shared.ipynb #moving
 def moving_cells(frames, episode, grid, threshold=8):
     "bool [N, P]: cells in which a pixel changed by more than `threshold` since the previous frame of the same episode. frames uint8 [N, 84, 84]."
-    change = np.zeros(frames.shape, bool)
-    change[1:] = (np.abs(frames[1:].astype(np.int16) - frames[:-1]) > threshold) & (episode[1:] == episode[:-1])[:, None, None]
-    size = cell_size(grid); edge, beyond = np.arange(grid) * size, grid * size - 84          # the last cells may reach over the frame
-    change = np.pad(change, ((0, 0), (0, beyond), (0, beyond)))
+    size = cell_size(grid); edge, side = np.arange(grid) * size, grid * size          # the last cells may reach over the frame
+    change = np.zeros((len(frames), side, side), bool)
+    change[1:, :84, :84] = (np.abs(frames[1:].astype(np.int16) - frames[:-1]) > threshold) & (episode[1:] == episode[:-1])[:, None, None]
     return np.logical_or.reduceat(np.logical_or.reduceat(change, edge, 1), edge, 2).reshape(len(frames), -1)
 
 # %% ../nbs/05_shared.ipynb #variables

@@ -524,6 +524,7 @@ class WorldModel(Pretrained):
     def drawn(self, codes, following, known):
         "`(frames, cells)` int64 [M] each, frames counted through the batch: all known cells that change, and a share `asked` of the others, since most cells stay and cost as much as those that do not."
         share = self.config.asked
+        require(share > 0, f'asked is a share of the cells that stay, above 0 and up to 1, got {share}')
         moved = (following != codes).any(-1)
         return (known[..., None] & (moved | (torch.rand(moved.shape, device=moved.device) < share))).flatten(0, 1).nonzero(as_tuple=True)
 
@@ -631,7 +632,7 @@ def token_accuracy(world, tokens, game, length, windows=64, seed=0):
     device = next(world.parameters()).device
     codes, actions, rewards, done, _, following, known = (x.to(device) for x in token_batches({'one': tokens}, windows, length)(rng_for(seed, 'accuracy', game)))
     out = world(codes, actions, torch.full((len(codes),), game, device=device), following)
-    moved, result = following != codes, {'nats': sum(float(F.cross_entropy(x[known].flatten(0, 1).float(), following[known][..., l].flatten().long())) for l, x in enumerate(out.logits))}
+    moved, result = following != codes, {'nats': float(sum(level_losses(out.logits, codes, following, known, 1.).values()))}
     for l, logits in enumerate(out.logits):
         right, m = (logits.argmax(-1) == following[..., l])[known], moved[..., l][known]
         result[f'all_{l}'], result[f'changed_{l}'], result[f'copy_{l}'] = (float(x.float().mean()) for x in (right, right[m], ~m))

@@ -163,6 +163,8 @@ def test_tokenizer_saves_and_loads(tmp_path):
     with pytest.raises(BookError, match='does not know'): t.game_index('ms_pacman')
     with pytest.raises(BookError, match='uint8'): t.encode(frames.float())
     with pytest.raises(BookError, match=r'expected codes \[N, 9, 3\], got \[2, 16, 3\]: they are of another tokenizer'): t.decode(torch.zeros(2, 16, 3, dtype=torch.uint8), 0)
+    for game in (len(t.config.games), -1):
+        with pytest.raises(BookError, match='a game is an index from 0 to'): t.decode(t.encode(frames), game)
 
 
 def test_sharing_of_known_answers():

@@ -367,6 +367,7 @@ def test_asking_fewer_of_the_cells_that_stay_is_the_same_loss_on_average():
     some = torch.stack([asked(.25)[0] for _ in range(200)])
     assert (some[:, :2].std(0) > .01).all() and ((some.mean(0) - whole)[:2].abs() < 4 * some[:, :2].std(0) / 200 ** .5).all() and torch.equal(some[0, 2], whole[2])
     assert torch.allclose(model.eval().loss(*window)[1]['level_0'], whole[0], atol=1e-5)                  # what is measured asks all
+    with pytest.raises(BookError, match='above 0 and up to 1, got 0'): model.train(); asked(0)
 
 
 def test_resume_is_bitwise(tmp_path):
@@ -409,7 +410,7 @@ def step_at(model, temperature):
     (lambda m: WorldConfig(**{**SMALL, 'asked': 0.}), 'asked and grid are above 0'),
     (lambda m: WorldConfig(**{**SMALL, 'windows': (3, 0)}), 'every layer has an expert and sees a step'),
     (lambda m: WorldConfig(**{**SMALL, 'head_hidden': -1}), 'head_hidden is 0 or more'),
-(lambda m: envs(m).reset() and envs(m).render(), 'without its tokenizer')])
+    (lambda m: envs(m).reset() and envs(m).render(), 'without its tokenizer')])
 def test_bad_input(learnt, call, message):
     with pytest.raises(BookError, match=message): call(learnt)
 

@@ -164,13 +164,14 @@ class Goal(NamedTuple):
     note: str = ''             # how the note of a row begins
     part: str = 'value'        # 'lo': the lower end of the interval; 'loss': what the null has more than the value
     against: str = ''          # the value as a share of that of the row whose note begins so
+    beside: str = ''           # and the null, as such a share too, of the row whose note begins so
     null: bool = True          # whether the row's null is one for this goal
 
     def asks(self, r):
         "Whether a row of `metrics.jsonl` is one that this goal needs."
         said = str(r.get('note') or '')
         return (r.get('chapter') == self.chapter and any(fnmatch(r.get('name') or '', n) for n in self.names) and (not self.games or r.get('game') in self.games)
-                and (said.startswith(self.note) or bool(self.against) and said.startswith(self.against)))
+                and said.startswith((self.note, *filter(None, (self.against, self.beside)))))
 
 # %% ../nbs/12_claims.ipynb #goal-list
 BALLS, LEVEL_0 = ('pong', 'breakout'), 'level 0: motion first'
@@ -196,8 +197,8 @@ GOALS = [
     Goal('codes that every game uses', '05_shared', ('shared_balanced_codes',), 125, note=LEVEL_0),
     Goal('share of moving cells that they cover', '05_shared', ('shared_they_cover',), .53, note=LEVEL_0),
     Goal('a direction of motion read by the table of the other games, bits', '05_shared', ('shared_X_direction*',), 1., note=LEVEL_0),
-    Goal('a new game in 2 epochs, of 10 from scratch: state fidelity and cosine', '05_shared', ('few_shot_state_fidelity', 'few_shot_cosine'), .90, games=GAMES, note='2 epochs', against='from scratch, 10 epochs'),
-    Goal('a new game in 2 epochs, of 10 from scratch: perplexity', '05_shared', ('few_shot_perplexity',), .90, games=GAMES, note='2 epochs', against='from scratch, 10 epochs'),
+    Goal('a new game in 2 epochs, of 10 from scratch: state fidelity and cosine', '05_shared', ('few_shot_state_fidelity', 'few_shot_cosine'), .90, games=GAMES, note='2 epochs', against='from scratch, 10 epochs', beside='from scratch, 2 epochs'),
+    Goal('a new game in 2 epochs, of 10 from scratch: perplexity', '05_shared', ('few_shot_perplexity',), .90, games=GAMES, note='2 epochs', against='from scratch, 10 epochs', beside='from scratch, 2 epochs'),
     Goal('parameters of the world model, million', '07_world', ('parameters_million',), 11, better=-1),
     Goal('changed tokens that the model predicts, mean of levels, held out', '07_world', ('changed_accuracy_[0-2]',), .90, games=GAMES),
     Goal('changed tokens of level 0 on frames of a policy never trained on', '07_world', ('changed_accuracy_fresh_0',), .80, games=GAMES, null=False),
@@ -225,11 +226,11 @@ def asked_by(r): return next((g.goal for g in GOALS if g.asks(r)), None) if r.ge
 def part_of(goal, rows, name, game):
     "`(value, lo, hi, null)` of `goal` for the metrics that fit the pattern `name`, of `game` (None: of any): the mean over `rows`, with None for what one of them lacks; None where there are no rows."
     mine = [r for r in rows if goal.asks(r) and fnmatch(r['name'], name) and (game is None or r.get('game') == game)]
-    of, base = ([r for r in mine if str(r.get('note') or '').startswith(k)] for k in (goal.note, goal.against))
+    of, base, beside = ([r for r in mine if str(r.get('note') or '').startswith(k)] for k in (goal.note, goal.against, goal.beside))
     value, lo, hi, null = (mean_of(of, k) for k in ('value', 'lo', 'hi', 'null'))
     if goal.against:
-        whole = mean_of(base, 'value')
-        return (value / whole, None, None, None) if value is not None and whole else None
+        whole, null = mean_of(base, 'value'), mean_of(beside, 'value') if goal.beside else None
+        return (value / whole, None, None, null / whole if null is not None else None) if value is not None and whole else None
     if goal.part == 'loss': return (null - value, None, None, None) if None not in (value, null) else None
     if goal.part == 'lo': value, lo, hi = lo, None, None
     return None if value is None else (value, lo, hi, null if goal.null else None)

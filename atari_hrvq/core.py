@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib, io, json, math, os, shutil, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 import torch
@@ -432,11 +433,13 @@ def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', call
 
 # %% ../nbs/00_core.ipynb #checkpoint
 def fingerprint(*what, modules=None):
-    "A hash of `what` (JSON) and of the sources of every module of this package that is loaded, or of those named; what no training depends on is left out, so that a notebook and a command go on from each other's checkpoints."
+    "A hash of `what` (JSON) and of the sources of every module of this package that is loaded, or of those named, loaded or not; what no training depends on is left out, so that a notebook and a command go on from each other's checkpoints."
     h = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
-    for name in sorted(n for n in sys.modules if n.startswith(__package__ or 'atari_hrvq')):
+    for name in modules or ():                                                                     # a chapter that defines `world` and one that imports it agree
+        h.update((Path(find_spec('atari_hrvq').origin).parent / f'{name}.py').read_bytes())
+    for name in sorted(n for n in sys.modules if n.startswith(__package__ or 'atari_hrvq')) if modules is None else ():
         path = getattr(sys.modules[name], '__file__', None)
-        if path and (name.split('.')[-1] in modules if modules else name.split('.')[-1] not in ('book', 'explore', 'claims', 'bench', 'cli', 'evaluate', 'pretrained', 'publish')): h.update(Path(path).read_bytes())
+        if path and name.split('.')[-1] not in ('book', 'explore', 'claims', 'bench', 'cli', 'evaluate', 'pretrained', 'publish'): h.update(Path(path).read_bytes())
     return h.hexdigest()
 
 def save_checkpoint(path, mark, tree, limit=15 * 2**20):

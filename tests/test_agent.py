@@ -334,8 +334,10 @@ def test_every_profile_has_a_loop(tmp_path):
 
 def test_a_command_and_a_notebook_go_on_from_each_other(tmp_path):
     "The mark of a checkpoint does not ask for modules that only the one of them has loaded."
-    say = lambda *names: subprocess.run([sys.executable, '-c', f'import {", ".join(f"atari_hrvq.{n}" for n in names)}\nfrom atari_hrvq.core import fingerprint\nprint(fingerprint("x"))'], capture_output=True, text=True, check=True).stdout
+    say = lambda *names, of='"x"': subprocess.run([sys.executable, '-c', f'import {", ".join(f"atari_hrvq.{n}" for n in names)}\nfrom atari_hrvq.core import fingerprint\nprint(fingerprint({of}))'], capture_output=True, text=True, check=True).stdout
     assert say('agent') == say('agent', 'cli', 'pretrained', 'evaluate') != say('core')
+    of = '"x", modules=("core", "world")'                                    # tokens that chapter 7 kept, which defines `world`, are those that chapter 8 finds, which imports it
+    assert say('core', of=of) == say('agent', of=of) != say('core', of='"x", modules=("core", "hrvq")')
 
 
 def test_checkpoints_are_small_and_without_pickle(whole):

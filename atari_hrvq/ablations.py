@@ -105,8 +105,8 @@ def arm_options(c):
     n, longest, most = len(c.experts), max(c.windows), max(c.experts)
     active = sum(c.hidden * min(c.top_k, e) + (c.shared_hidden if e > 1 else 0) for e in c.experts) // n
     width = sum(c.hidden * e + (c.shared_hidden if e > 1 else 0) for e in c.experts) // n
-    uniform, one = {'experts': (most,) * n}, {'windows': (longest,) * n}
+    uniform, one, alone = {'experts': (most,) * n}, {'windows': (longest,) * n}, {'experts': (1,) * n, 'hidden': c.shared_hidden}
     return {'by layer': {}, 'uniform': uniform, 'uniform, one window': {**uniform, **one}, 'pruned': uniform, 'dense, equal active': {'experts': (1,) * n, 'hidden': active},
-            'dense, equal total': {'experts': (1,) * n, 'hidden': width}, 'shared expert alone': {'experts': (1,) * n, 'hidden': c.shared_hidden}, 'half as many experts': {'experts': tuple(max(1, e // 2) for e in c.experts)}, 'one window': one, 'no contrast': {'contrast': 0},
+            'dense, equal total': {'experts': (1,) * n, 'hidden': width}, 'shared expert alone': alone, 'words of each game': {**alone, 'game_heads': True}, 'words of each game, experts too': {'game_heads': True}, 'wide heads for all': {**alone, 'cell_hidden': 11 * c.cell_hidden // 4}, 'half as many experts': {'experts': tuple(max(1, e // 2) for e in c.experts)}, 'one window': one, 'no contrast': {'contrast': 0},
             'contexts corrupted': {'corrupt': .1}, 'all cells alike': {'changed': 1.}, 'rewards one step': {'ahead': 1}, 'no local convolution': {'history': 0}, 'free logits only': {'distance': False},
             'heads narrow inside': {'head_hidden': 0}, 'flat': {}}

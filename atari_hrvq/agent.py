@@ -359,6 +359,7 @@ class LoopConfig:
     contrast: int = 10        # steps of contrastive prediction of a fresh world model; 0 for none
     cell_hidden: int = 128    # width of the features of a cell in a fresh world model
     cell_blocks: int = 0      # residual blocks that turn them
+    game_heads: bool = False  # of each game its own words in the heads of a fresh world model
     asked: float = 1.         # share of the cells that stay whose heads are asked in a step of the world model (@eq-asked)
     ending: float = 1.        # weight of the endings while the world model learns
     corrupt: float = 0.       # up to which share of a context's tokens the world model learns with others in their place
@@ -417,7 +418,7 @@ def fresh_agent(stage, replay, c, context=8):
     batches = replay_frames(replay, list(stage.games), c.frames, mirror=c.mirror)
     fit(tokenizer, batches, FitConfig(c.begin_tokenizer, lr=4 * c.tokenizer_lr), seed=stage.seed, checkpoint=stage.checkpoint('begin-tokenizer'), desc='tokenizer',
         callback=start_codebooks(tokenizer, batches, c.begin_tokenizer // 8, stage.seed))
-    return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer, contrast=c.contrast, cell_hidden=c.cell_hidden, cell_blocks=c.cell_blocks).to(stage.device), c.hidden, context)
+    return Agent.fresh(tokenizer, WorldModel.for_tokenizer(tokenizer, contrast=c.contrast, cell_hidden=c.cell_hidden, cell_blocks=c.cell_blocks, game_heads=c.game_heads).to(stage.device), c.hidden, context)
 
 # %% ../nbs/10_agent.ipynb #study
 def study(stage, agent, replay, c, r, newest=1, read=None):

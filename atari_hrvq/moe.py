@@ -93,6 +93,9 @@ class MixtureOfExperts(nn.Module):
             self.shared_inner = nn.Parameter(torch.randn(c.dim, 2 * c.shared_hidden) / c.dim ** .5)
             self.shared_outer = nn.Parameter(torch.randn(c.shared_hidden, c.dim) / (2 * c.shared_hidden ** .5))
 
+    @property
+    def idle(self): return (self.inner[0].numel() + self.outer[0].numel()) * (self.config.experts - self.config.top_k)
+
     def route(self, x_ND):
         "`(affinity float32 [N, E], choice int64 [N, k], weight float32 [N, k])`, always in fp32."
         with torch.autocast(x_ND.device.type, enabled=False):
@@ -129,11 +132,8 @@ class MixtureOfExperts(nn.Module):
         return y, {'balance_loss': c.balance * c.experts * (load * likely).sum(), 'load': load, 'choice': choice}
 
 def active_parameters(module):
-    "Parameters that touch one token: of each `MixtureOfExperts` only `top_k` experts count."
-    idle = 0
-    for m in module.modules():
-        if isinstance(m, MixtureOfExperts): idle += (m.inner[0].numel() + m.outer[0].numel()) * (m.config.experts - m.config.top_k)
-    return count_parameters(module) - idle
+    "Parameters that touch one token: all but those that a part of `module` calls `idle`, as the experts of a `MixtureOfExperts` beyond `top_k` are."
+    return count_parameters(module) - sum(getattr(m, 'idle', 0) for m in module.modules())
 
 # %% ../nbs/06_moe.ipynb #silence
 @contextmanager

@@ -20,9 +20,9 @@ from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
 __all__ = ['Tokens', 'evenly', 'tokenise', 'join_tokens', 'load_tokens', 'play_tokens', 'token_batches', 'rope_angles', 'rotate',
-           'rope', 'RMSNorm', 'WorldConfig', 'Block', 'Embedding', 'CellBlock', 'LevelHeads', 'choose', 'uniform',
-           'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step', 'level_losses', 'WorldModel', 'fill_rings',
-           'advance', 'token_accuracy', 'f1']
+           'rope', 'RMSNorm', 'WorldConfig', 'Block', 'Embedding', 'CellBlock', 'LevelHeads', 'GameHeads', 'choose',
+           'uniform', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step', 'level_losses', 'WorldModel',
+           'fill_rings', 'advance', 'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -168,6 +168,7 @@ class WorldConfig:
     cell_hidden: int = 128              # width of the features of a cell, from which the heads read
     head_hidden: int = 512              # width between those features and the free logits, each level its own; 0: as wide as the features
     cell_blocks: int = 0                # residual blocks that turn a cell's features, the same ones for all cells
+    game_heads: bool = False            # of each game its own words: what follows from the features, and what a chosen code says to the next level
     history: int = 3                    # frames that the local convolution sees; 0 for no convolution
     distance: bool = True               # logits from distances to the codebook beside the free ones
     bins: int = 41                      # of the two-hot reward, evenly over symlog rewards of -8 to 8
@@ -230,26 +231,31 @@ class CellBlock(nn.Module):
     def forward(self, x): return x + self.down(F.silu(self.up(self.norm(x))))
 
 class LevelHeads(nn.Module):
-    "Logits of the next codes of all cells, level after level. Codebooks and the scale come with the tokenizer."
-    def __init__(self, c):
+    "Logits of the next codes of all cells, level after level. Codebooks and the scale come with the tokenizer. `of`: heads whose features of a cell, codebooks and scale these take, and have none of their own."
+    def __init__(self, c, of=None):
         super().__init__()
         self.config, P, H = c, c.grid ** 2, c.cell_hidden
-        self.register_buffer('codebook', torch.zeros(c.levels, c.codes, c.cell_dim))   # already scaled
-        self.from_trunk = nn.Linear(c.dim, P * H)
-        if c.history:
-            conv = nn.Conv2d(c.history * c.cell_dim, H, 3, padding=1)
-            self.local, self.local_bias = nn.Parameter(conv.weight.permute(2, 3, 1, 0).contiguous()), nn.Parameter(conv.bias)     # [3, 3, h * cell_dim, H]
-        self.place = nn.Parameter(torch.zeros(P, H))
-        self.blocks = nn.Sequential(*(CellBlock(H) for _ in range(c.cell_blocks)))
+        self.__dict__['of'] = of                               # no part of this module
+        if of is None:
+            self.register_buffer('codebook', torch.zeros(c.levels, c.codes, c.cell_dim))   # already scaled
+            self.from_trunk = nn.Linear(c.dim, P * H)
+            if c.history:
+                conv = nn.Conv2d(c.history * c.cell_dim, H, 3, padding=1)
+                self.local, self.local_bias = nn.Parameter(conv.weight.permute(2, 3, 1, 0).contiguous()), nn.Parameter(conv.bias)     # [3, 3, h * cell_dim, H]
+            self.place = nn.Parameter(torch.zeros(P, H))
+            self.blocks = nn.Sequential(*(CellBlock(H) for _ in range(c.cell_blocks)))
         self.scene = Embedding(P * c.codes, H)                 # level-0 codes of all cells, summed
         self.chosen = nn.ModuleList(Embedding(c.codes, H) for _ in range(c.levels - 1))
         self.free = nn.ModuleList(nn.Sequential(nn.Linear(H, c.head_hidden or H), nn.SiLU(), nn.Linear(c.head_hidden or H, c.codes)) for _ in range(c.levels))
         self.shift = nn.ModuleList(nn.Linear(H, c.cell_dim) for _ in range(c.levels))
-        self.log_scale = nn.Parameter(torch.zeros(c.levels))
+        if of is None: self.log_scale = nn.Parameter(torch.zeros(c.levels))
         nn.init.normal_(self.scene.weight, std=.05)
         self.register_buffer('offset', torch.arange(P) * c.codes, persistent=False)
         border = F.pad(torch.arange(P).view(c.grid, c.grid), (1, 1, 1, 1), value=P)
         self.register_buffer('neighbours', border.unfold(0, 3, 1).unfold(1, 3, 1).flatten(), persistent=False)     # of each cell, row by row
+
+    @property
+    def base(self): return self if self.of is None else self.of
 
     def features(self, h_ND, history_N):
         "[N, P, H] from trunk states [N, D] and cell vectors of the last frames, `history` or more [N, h, P, cell_dim]."
@@ -282,11 +288,11 @@ class LevelHeads(nn.Module):
 
     def level(self, l, f, z):
         "Logits [N, P, K] of level `l` and the shifted vector, from features and what is left of the predicted vector."
-        f = F.silu(f)
+        f, base = F.silu(f), self.base
         z = z + self.shift[l](f)
         if not self.config.distance: return self.free[l](f), z
-        distance = torch.addmm(self.norms()[l], z.flatten(0, 1), self.codebook[l].T, alpha=-2).unflatten(0, z.shape[:2])
-        return torch.addcmul(self.free[l](f), self.log_scale[l].exp(), distance, value=-1), z
+        distance = torch.addmm(base.norms()[l], z.flatten(0, 1), base.codebook[l].T, alpha=-2).unflatten(0, z.shape[:2])
+        return torch.addcmul(self.free[l](f), base.log_scale[l].exp(), distance, value=-1), z
 
     def norms(self):
         "Squared norms [L, K] of the codes, computed again only when the codebook has changed."
@@ -298,29 +304,76 @@ class LevelHeads(nn.Module):
     def given(self, l, f, z, codes, scene=None):
         "Features and remaining vector for level `l + 1` once the codes [N, P] of level `l` are chosen; `scene`: what all level-0 codes say together, where `codes` are not those of all cells."
         if l == 0: f = f + (self.scene(codes + self.offset).sum(1, keepdim=True) if scene is None else scene)
-        return f + self.chosen[l](codes), z - self.codebook[l][codes]
+        return f + self.chosen[l](codes), z - self.base.codebook[l][codes]
 
-    def forward(self, h_ND, history_N, codes_NPL, cells=None):
-        "Teacher forced: list of L logits [N, P, K]; with `cells`, `(frames, cells)` int64 [M] each, of these alone, [M, K]."
-        scene, out = None, []
-        if cells is None: f, z = self.features(h_ND, history_N), history_N[:, -1]
-        else:
-            scene = self.scene(codes_NPL[..., 0] + self.offset).sum(1)[cells[0], None]
-            f, z, codes_NPL = (x[:, None] for x in (self.some(h_ND, history_N, *cells), history_N[:, -1][cells], codes_NPL[cells]))
+    def context(self, codes_NPL): return self.scene(codes_NPL[..., 0] + self.offset).sum(1)      # [N, H]: what all level-0 codes of a frame say together
+
+    def say(self, f, z, codes, scene=None):
+        "Teacher forced: list of L logits [N, P, K], from `features`, the cell vectors of the last frame and the next codes [N, P, L]."
+        out = []
         for l in range(self.config.levels):
             logits, z = self.level(l, f, z)
             out.append(logits)
-            if l + 1 < self.config.levels: f, z = self.given(l, f, z, codes_NPL[..., l], scene)
-        return out if cells is None else [x[:, 0] for x in out]
+            if l + 1 < self.config.levels: f, z = self.given(l, f, z, codes[..., l], scene)
+        return out
 
-    def sample(self, h_ND, history_N, temperature, draws):
+    def draw(self, f, z, temperature, draws):
         "int64 [N, P, L]; `temperature`: one a level, 0 for the most likely code; `draws`: one a level, see `choose`."
-        f, z, codes = self.features(h_ND, history_N), history_N[:, -1], []
+        codes = []
         for l in range(self.config.levels):
             logits, z = self.level(l, f, z)
             codes.append(choose(logits, temperature[l], draws[l]))
             if l + 1 < self.config.levels: f, z = self.given(l, f, z, codes[-1])
         return torch.stack(codes, -1)
+
+    def forward(self, h_ND, history_N, codes_NPL, game_N=None, cells=None):
+        "`say` from the trunk; with `cells`, `(frames, cells)` int64 [M] each, of these alone, [M, K]."
+        if cells is None: return self.say(self.features(h_ND, history_N), history_N[:, -1], codes_NPL)
+        f, z, codes, scene = self.some(h_ND, history_N, *cells), history_N[:, -1][cells], codes_NPL[cells], self.context(codes_NPL)[cells[0]]
+        return [x[:, 0] for x in self.say(f[:, None], z[:, None], codes[:, None], scene[:, None])]
+
+    def sample(self, h_ND, history_N, game_N, temperature, draws): return self.draw(self.features(h_ND, history_N), history_N[:, -1], temperature, draws)
+
+class GameHeads(nn.Module):
+    """`LevelHeads` whose features of a cell are common and whose words are of each game: what follows from the features, and what a code that was chosen says to the next level.
+    The game of each row, int64 [N], is told; nothing is routed."""
+    def __init__(self, c):
+        super().__init__()
+        first = LevelHeads(c)
+        self.each = nn.ModuleList([first, *(LevelHeads(c, of=first) for _ in c.games[1:])])
+
+    codebook, log_scale, scene = (property(lambda self, name=name: getattr(self.each[0], name)) for name in ('codebook', 'log_scale', 'scene'))
+    @property
+    def idle(self): return sum(map(count_parameters, self.each[1:]))
+
+    def forward(self, h_ND, history_N, codes_NPL, game_N, cells=None):
+        "As `LevelHeads`, each row with the words of its game."
+        first = self.each[0]
+        if cells is None:
+            f, z = first.features(h_ND, history_N), history_N[:, -1]
+            return self.by_game(game_N, lambda g, rows: self.each[g].say(f[rows], z[rows], codes_NPL[rows]))
+        f, z, codes, frames = first.some(h_ND, history_N, *cells), history_N[:, -1][cells], codes_NPL[cells], cells[0]
+        def ask(g, rows):
+            mine = (game_N == g).nonzero()[:, 0]
+            scene = self.each[g].context(codes_NPL[mine])[torch.searchsorted(mine, frames[rows])]
+            return [x[:, 0] for x in self.each[g].say(f[rows, None], z[rows, None], codes[rows, None], scene[:, None])]
+        return self.by_game(game_N[frames], ask, split=True)
+
+    def sample(self, h_ND, history_N, game_N, temperature, draws):
+        f, z = self.each[0].features(h_ND, history_N), history_N[:, -1]
+        return self.by_game(game_N, lambda g, rows: [self.each[g].draw(f[rows], z[rows], temperature, [d if d is None else d[rows] for d in draws])])[0]
+
+    def by_game(self, game_M, ask, split=False):
+        """The tensors of `ask(game, rows)`, whose rows are `rows` of all, in the order of `game_M`. On a CPU each game is asked about its own rows.
+        In a compiled graph, and on a GPU unless `split`, it is asked about all rows, which takes more arithmetic and no question to a tensor."""
+        if torch.compiler.is_compiling() or game_M.is_cuda and not split:
+            said = [ask(g, slice(None)) for g in range(len(self.each))]
+            return [torch.stack(x)[game_M, torch.arange(len(game_M), device=game_M.device)] for x in zip(*said, strict=True)]
+        there = game_M.unique().tolist() or [0]
+        if len(there) == 1: return ask(there[0], slice(None))
+        rows = [(game_M == g).nonzero()[:, 0] for g in there]
+        back = torch.cat(rows).argsort()
+        return [torch.cat(x)[back] for x in zip(*(ask(g, r) for g, r in zip(there, rows, strict=True)), strict=True)]
 
 def choose(logits, temperature, draw):
     "Sample from `softmax(logits / temperature)` by inverting the cumulative distribution at `draw`, uniform [..., 1]; argmax at temperature 0."
@@ -443,7 +496,7 @@ class WorldModel(Pretrained):
         P = c.grid ** 2
         self.see, self.act, self.game = nn.Linear(P * c.cell_dim, c.dim), Embedding(ACTIONS, c.dim), Embedding(len(c.games), c.dim)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(len(c.experts)))
-        self.norm, self.heads = RMSNorm(c.dim), LevelHeads(c)
+        self.norm, self.heads = RMSNorm(c.dim), GameHeads(c) if c.game_heads else LevelHeads(c)
         self.reward, self.proceed = RewardHead(c), nn.Sequential(nn.Linear(c.dim, 128), nn.SiLU(), nn.Linear(128, 1))
         self.register_buffer('scale', torch.ones(()))                 # of the tokenizer's vectors
         if c.contrast: self.contrast = Contrast(c)
@@ -503,7 +556,7 @@ class WorldModel(Pretrained):
         self.check_codes(codes_BTPL)
         z = self.vectors(codes_BTPL)
         h, aux = self.trunk(z, actions_BT, game_B)
-        logits = self.heads(h.flatten(0, 1), self.recent(z).flatten(0, 1), following_BTPL.long().flatten(0, 1), cells)
+        logits = self.heads(h.flatten(0, 1), self.recent(z).flatten(0, 1), following_BTPL.long().flatten(0, 1), game_B.repeat_interleave(T), cells)
         return WorldOutput(h, [x.unflatten(0, (B, T)) for x in logits] if cells is None else logits, self.reward(h), self.proceed(h)[..., 0], aux)
 
     def loss(self, codes, actions, rewards, done, game, following, known):
@@ -541,7 +594,7 @@ class WorldModel(Pretrained):
             z = self.vectors(now)
             h, _ = self.trunk(z, actions, game)
             draws = [uniform((B * T, z.shape[2], 1), t, None, z.device) for t in heat]
-            said = self.heads.sample(h.flatten(0, 1), self.recent(z).flatten(0, 1), heat, draws).unflatten(0, (B, T))[:, :-1].to(codes.dtype)
+            said = self.heads.sample(h.flatten(0, 1), self.recent(z).flatten(0, 1), game.repeat_interleave(T), heat, draws).unflatten(0, (B, T))[:, :-1].to(codes.dtype)
             own = (torch.rand(B, T - 2, device=codes.device) < share)[..., None, None]
             now = torch.cat([codes[:, :2], torch.where(own, said[:, 1:], codes[:, 2:])], 1)
         self.train(was)
@@ -596,7 +649,7 @@ def _restart(self, cache, rows, codes, actions, game):
 def _imagine(self, rings, age, full, history, game, action, temperature, draws):
     "One step of all rows as a function of tensors, the rings changed in place: codes, history, hidden, sign and points of the reward, and how likely the game goes on."
     h = self.norm(advance(self.blocks, rings, self.embed(history[:, -1:], action[:, None], game), age, full))[:, 0]
-    codes = self.heads.sample(h, history, temperature, draws)
+    codes = self.heads.sample(h, history, game, temperature, draws)
     history = torch.cat([history[:, 1:], self.vectors(codes)[:, None]], 1)
     return codes, history, h, *self.reward.expect(self.reward(h)), torch.sigmoid(self.proceed(h)[:, 0].float())
 

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from atari_hrvq.core import BookError, FitConfig, fit
+from atari_hrvq.core import BookError, FitConfig, count_parameters, fit
 from atari_hrvq.dream import Contexts, DreamEnv, DreamVectorEnv, events_ahead
 from atari_hrvq.frames import Episodes
+from atari_hrvq.moe import active_parameters
 from atari_hrvq.world import LevelHeads, Tokens, WorldConfig, WorldModel, evenly, f1, token_batches, tokenise
 
 SMALL = dict(grid=1, levels=2, codes=8, cell_dim=4, dim=32, heads=2, experts=(1, 2), windows=(3, 6), hidden=32, shared_hidden=8, cell_hidden=16, corrupt=.1)
@@ -352,6 +353,49 @@ def test_cell_blocks_say_nothing_before_they_learn_and_are_the_same_for_every_ce
     f = plain.features(h, recent); assert not torch.allclose(deep.features(h, recent), f)
     assert torch.allclose(deep.features(h, recent)[:, [4, 2]], deep.blocks(f[:, [4, 2]]), atol=1e-5)                    # cell by cell
     assert torch.allclose(deep.features(h[:2], recent[:2]), deep.features(h, recent)[:2], atol=1e-4)                      # a few dreams go another way
+
+
+def mixed(**options):
+    "A small model in which each game has heads of its own, and windows of three games mixed."
+    torch.manual_seed(0); model = WorldModel(WorldConfig(**{**SMALL, 'grid': 3, 'corrupt': 0.}, game_heads=True, **options))
+    torch.nn.init.normal_(model.heads.codebook)
+    return model, torch.randint(0, 8, (5, 6, 9, 2)), torch.randint(0, 18, (5, 6)), torch.tensor([2, 0, 1, 0, 2]), torch.randint(0, 8, (5, 6, 9, 2))
+
+
+def test_each_game_has_heads_of_its_own(tmp_path, monkeypatch):
+    model, codes, actions, game, after = mixed(); model.eval()
+    with torch.no_grad():
+        whole = model(codes, actions, game, after).logits
+        for i in range(5): assert all(torch.allclose(a[i:i + 1], b, atol=1e-5) for a, b in zip(whole, model(codes[i:i + 1], actions[i:i + 1], game[i:i + 1], after[i:i + 1]).logits, strict=True))
+        again = WorldModel.from_pretrained(model.save_pretrained(tmp_path / 'own')).eval()(codes, actions, game, after).logits
+        assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)                       # the way of a graph: every game's heads are asked about every row
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, [x.unflatten(0, (5, 6)) for x in model.heads(model.trunk(model.vectors(codes), actions, game)[0].flatten(0, 1), model.recent(model.vectors(codes)).flatten(0, 1), after.flatten(0, 1), game.repeat_interleave(6))], strict=True))
+        monkeypatch.undo()
+        torch.nn.init.normal_(model.heads.each[1].free[0][2].weight); other = model(codes, actions, game, after).logits[0]
+    assert [torch.equal(a, b) for a, b in zip(whole[0], other, strict=True)] == [True, True, False, True, True]
+    one = WorldModel(WorldConfig(**{**SMALL, 'grid': 3}))
+    words = sum(count_parameters(getattr(one.heads, k)) for k in ('scene', 'chosen', 'free', 'shift'))
+    assert active_parameters(model) == active_parameters(one) and count_parameters(model) - count_parameters(one) == 2 * words
+
+
+def test_dreams_of_mixed_games_are_those_of_each_alone():
+    model, codes, actions, game, _ = mixed(); model.eval(); cold, names = (0., 0.), ('codes', 'reward', 'proceed', 'points')
+    cache, first = model.start(codes, actions[:, :5], game), torch.tensor([3, 1, 0, 4, 5])
+    together = [model.step(cache, first, cold) for _ in range(4)]
+    for i in range(5):
+        alone = model.start(codes[i:i + 1], actions[i:i + 1, :5], game[i:i + 1])
+        for step in together:
+            mine = model.step(alone, first[i:i + 1], cold)
+            assert all(torch.allclose(getattr(mine, k)[0].float(), getattr(step, k)[i].float(), atol=1e-4) for k in names)
+
+
+def test_only_the_heads_of_the_games_in_a_batch_learn():
+    model, codes, actions, game, after = mixed(asked=.5); model.train(); game = game.clamp(max=1)
+    window = (codes, actions, torch.zeros(5, 6), torch.zeros(5, 6, dtype=torch.bool), game, after, torch.ones(5, 6, dtype=torch.bool))
+    model.loss(*window)[0].backward()
+    learned = [(grad := h.free[0][2].weight.grad) is not None and bool(grad.abs().sum() > 0) for h in model.heads.each]
+    assert learned == [True, True, False]
 
 
 def test_asking_fewer_of_the_cells_that_stay_is_the_same_loss_on_average():

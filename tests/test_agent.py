@@ -167,11 +167,11 @@ def test_after_a_study_the_policy_does_what_it_did(parts, tmp_path, monkeypatch)
 
 
 def test_a_fresh_agent_sees_only_what_it_is_given(parts, tmp_path):
-    loop = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, first=60, begin_tokenizer=9, frames=30, cell_hidden=32, cell_blocks=1)
+    loop = LoopConfig(rounds=1, real_steps=24, envs=2, world_steps=3, iterations=2, first=60, begin_tokenizer=9, frames=30, cell_hidden=32, cell_blocks=1, game_heads=True)
     replay = {g: [head(e, loop.first)] for g, e in parts[1].items()}
     assert all(len(p[0]) == 60 and len(p[0].seeds) == p[0].episode[-1] + 1 for p in replay.values())
     agent = fresh_agent(Stage('10_agent', tmp_path, 'smoke', GAMES, 0), replay, loop)
-    assert agent.tokenizer.started and agent.world.config.tokenizer == agent.tokenizer.hash() and agent.world.heads.place.shape[1] == 32 and len(agent.world.heads.blocks) == 1
+    assert agent.tokenizer.started and agent.world.config.tokenizer == agent.tokenizer.hash() and (heads := agent.world.heads.each)[0].place.shape[1] == 32 and len(heads[0].blocks) == 1 and len(heads) == len(GAMES)
 
 
 @pytest.fixture

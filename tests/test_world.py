@@ -1,4 +1,5 @@
 """world and dream: alignment on a game with known answers, causality, cache, seeds, endings."""
+import copy
 import json
 from types import SimpleNamespace
 import numpy as np
@@ -374,6 +375,7 @@ def test_each_game_has_heads_of_its_own(tmp_path, monkeypatch):
         monkeypatch.undo()
         torch.nn.init.normal_(model.heads.each[1].free[0][2].weight); other = model(codes, actions, game, after).logits[0]
     assert [torch.equal(a, b) for a, b in zip(whole[0], other, strict=True)] == [True, True, False, True, True]
+    twin = copy.deepcopy(model).heads.each; assert twin[1].of is twin[0]
     one = WorldModel(WorldConfig(**{**SMALL, 'grid': 3}))
     words = sum(count_parameters(getattr(one.heads, k)) for k in ('scene', 'chosen', 'free', 'shift'))
     assert active_parameters(model) == active_parameters(one) and count_parameters(model) - count_parameters(one) == 2 * words

@@ -843,6 +843,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/atari_hrvq/', 'doc_host': 
                                   'atari_hrvq.world.LevelHeads.norms': ('world.html#levelheads.norms', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.LevelHeads.sample': ('world.html#levelheads.sample', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.LevelHeads.say': ('world.html#levelheads.say', 'atari_hrvq/world.py'),
+                                  'atari_hrvq.world.LevelHeads.say_some': ('world.html#levelheads.say_some', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.LevelHeads.some': ('world.html#levelheads.some', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.RMSNorm': ('world.html#rmsnorm', 'atari_hrvq/world.py'),
                                   'atari_hrvq.world.RMSNorm.__init__': ('world.html#rmsnorm.__init__', 'atari_hrvq/world.py'),

@@ -435,11 +435,11 @@ def fit(module, batch, config, *, seed=0, checkpoint=None, desc='training', call
 def fingerprint(*what, modules=None):
     "A hash of `what` (JSON) and of the sources of every module of this package that is loaded, or of those named, loaded or not; what no training depends on is left out, so that a notebook and a command go on from each other's checkpoints."
     h = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
-    for name in modules or ():                                                                     # a chapter that defines `world` and one that imports it agree
-        h.update((Path(find_spec('atari_hrvq').origin).parent / f'{name}.py').read_bytes())
-    for name in sorted(n for n in sys.modules if n.startswith(__package__ or 'atari_hrvq')) if modules is None else ():
-        path = getattr(sys.modules[name], '__file__', None)
-        if path and name.split('.')[-1] not in ('book', 'explore', 'claims', 'bench', 'cli', 'evaluate', 'pretrained', 'publish'): h.update(Path(path).read_bytes())
+    if modules is None:
+        loaded = sorted(n for n in sys.modules if n.startswith(__package__ or 'atari_hrvq') and n.split('.')[-1] not in ('book', 'explore', 'claims', 'bench', 'cli', 'evaluate', 'pretrained', 'publish'))
+        files = [path for n in loaded if (path := getattr(sys.modules[n], '__file__', None))]
+    else: files = [Path(find_spec('atari_hrvq').origin).with_name(f'{n}.py') for n in modules]      # a chapter that defines `world` and one that imports it agree
+    for path in files: h.update(Path(path).read_bytes())
     return h.hexdigest()
 
 def save_checkpoint(path, mark, tree, limit=15 * 2**20):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import hashlib, shutil
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import NamedTuple
 import numpy as np
@@ -92,13 +93,12 @@ def load_tokens(stage, tokenizer, game, split='train'):
     return _kept(stage, f'{game}-{split}', tokenizer, stage.index()[f'frames-{game}-{split}.safetensors']['sha256'], lambda: tokenise(tokenizer, episodes))
 
 def play_tokens(stage, tokenizer, game, steps, part=50_000):
-    """`Tokens` of `steps` agent steps more of chapter 1's random play, with seeds of their own; kept in the run's cache.
-    Of their frames, 7 KB each, no more than `part` are held at a time, and none are kept."""
-    def make():
-        parts = [min(part, steps - a) for a in range(0, steps, part)]
-        return join_tokens([tokenise(tokenizer, collect(game, RandomPolicy(game), n, derive(stage.seed, 'more', i), workers=0, desc=f'{game}, more play {i + 1} of {len(parts)}')) for i, n in enumerate(parts)])
+    """`Tokens` of `steps` agent steps more of chapter 1's random play, with seeds of their own.
+    Played in parts of `part` steps, each kept in the run's cache: a longer play begins with a shorter one, and one that was stopped goes on. Of the frames, 7 KB each, one part's are held at a time, and none are kept."""
     require(steps > 0 and part > 0, f'expected steps to play and a part to play at a time, got {steps} and {part}')
-    return _kept(stage, f'{game}-more-{steps}', tokenizer, (stage.seed, part), make)
+    parts = [min(part, steps - a) for a in range(0, steps, part)]
+    make = lambda i, n: tokenise(tokenizer, collect(game, RandomPolicy(game), n, derive(stage.seed, 'more', i), workers=0, desc=f'{game}, more play {i + 1} of {len(parts)}'))
+    return join_tokens([_kept(stage, f'{game}-more-{i}-{n}', tokenizer, stage.seed, partial(make, i, n)) for i, n in enumerate(parts)])
 
 def token_batches(data, size, length, recent=None, by_age=0.):
     """A function of `rng` that draws windows, equal numbers of each game: `(codes, actions, rewards, done, game, following, known)`.
@@ -264,12 +264,12 @@ class LevelHeads(nn.Module):
         if c.history: f = f + (self.few(history_N) if len(h_ND) <= 4 and not h_ND.is_cuda else self.many(history_N))
         return self.blocks(f)
 
-    def some(self, h_ND, history_N, frames_M, cells_M):
-        "`features` of the cells `cells` in the frames `frames` alone, int64 [M] each: [M, H]."
+    def some(self, h_ND, history_N, codes_NPL, frames_M, cells_M):
+        "What `say_some` needs of the cells `cells` in the frames `frames`, int64 [M] each: `features` [M, H], vectors of the last frame [M, cell_dim] and next codes [M, L]."
         c = self.config
         f = self.from_trunk(h_ND).view(len(h_ND), c.grid ** 2, -1)[frames_M, cells_M] + self.place[cells_M]
         if c.history: f = f + torch.addmm(self.local_bias, self.around(history_N)[frames_M[:, None], self.neighbours.view(-1, 9)[cells_M]].flatten(1), self.local.flatten(0, 2))
-        return self.blocks(f)
+        return self.blocks(f), history_N[frames_M, -1, cells_M], codes_NPL[frames_M, cells_M]
 
     def many(self, history_N):
         "The convolution over `history_N` [N, h, P, cell_dim]: [N, P, H]."
@@ -326,11 +326,14 @@ class LevelHeads(nn.Module):
             if l + 1 < self.config.levels: f, z = self.given(l, f, z, codes[-1])
         return torch.stack(codes, -1)
 
+    def say_some(self, f_MH, z_M, codes_ML, scene_MH):
+        "`say` of `some` cells, `scene` being the `context` of the frame of each: list of L logits [M, K]."
+        return [x[:, 0] for x in self.say(f_MH[:, None], z_M[:, None], codes_ML[:, None], scene_MH[:, None])]
+
     def forward(self, h_ND, history_N, codes_NPL, game_N=None, cells=None):
         "`say` from the trunk; with `cells`, `(frames, cells)` int64 [M] each, of these alone, [M, K]."
         if cells is None: return self.say(self.features(h_ND, history_N), history_N[:, -1], codes_NPL)
-        f, z, codes, scene = self.some(h_ND, history_N, *cells), history_N[:, -1][cells], codes_NPL[cells], self.context(codes_NPL)[cells[0]]
-        return [x[:, 0] for x in self.say(f[:, None], z[:, None], codes[:, None], scene[:, None])]
+        return self.say_some(*self.some(h_ND, history_N, codes_NPL, *cells), self.context(codes_NPL)[cells[0]])
 
     def sample(self, h_ND, history_N, game_N, temperature, draws): return self.draw(self.features(h_ND, history_N), history_N[:, -1], temperature, draws)
 
@@ -352,11 +355,10 @@ class GameHeads(nn.Module):
         if cells is None:
             f, z = first.features(h_ND, history_N), history_N[:, -1]
             return self.by_game(game_N, lambda g, rows: self.each[g].say(f[rows], z[rows], codes_NPL[rows]))
-        f, z, codes, frames = first.some(h_ND, history_N, *cells), history_N[:, -1][cells], codes_NPL[cells], cells[0]
+        some, frames = first.some(h_ND, history_N, codes_NPL, *cells), cells[0]
         def ask(g, rows):
             mine = (game_N == g).nonzero()[:, 0]
-            scene = self.each[g].context(codes_NPL[mine])[torch.searchsorted(mine, frames[rows])]
-            return [x[:, 0] for x in self.each[g].say(f[rows, None], z[rows, None], codes[rows, None], scene[:, None])]
+            return self.each[g].say_some(*(x[rows] for x in some), self.each[g].context(codes_NPL[mine])[torch.searchsorted(mine, frames[rows])])
         return self.by_game(game_N[frames], ask, split=True)
 
     def sample(self, h_ND, history_N, game_N, temperature, draws):

@@ -357,20 +357,20 @@ def test_cell_blocks_say_nothing_before_they_learn_and_are_the_same_for_every_ce
 
 
 def mixed(**options):
-    "A small model in which each game has heads of its own, and windows of three games mixed."
+    "A small model in which each game has words of its own, and windows of three games mixed."
     torch.manual_seed(0); model = WorldModel(WorldConfig(**{**SMALL, 'grid': 3, 'corrupt': 0.}, game_heads=True, **options))
     torch.nn.init.normal_(model.heads.codebook)
     return model, torch.randint(0, 8, (5, 6, 9, 2)), torch.randint(0, 18, (5, 6)), torch.tensor([2, 0, 1, 0, 2]), torch.randint(0, 8, (5, 6, 9, 2))
 
 
-def test_each_game_has_heads_of_its_own(tmp_path, monkeypatch):
+def test_each_game_has_words_of_its_own(tmp_path, monkeypatch):
     model, codes, actions, game, after = mixed(); model.eval()
     with torch.no_grad():
         whole = model(codes, actions, game, after).logits
         for i in range(5): assert all(torch.allclose(a[i:i + 1], b, atol=1e-5) for a, b in zip(whole, model(codes[i:i + 1], actions[i:i + 1], game[i:i + 1], after[i:i + 1]).logits, strict=True))
         again = WorldModel.from_pretrained(model.save_pretrained(tmp_path / 'own')).eval()(codes, actions, game, after).logits
         assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)                       # the way of a graph: every game's heads are asked about every row
+        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)                       # the way of a graph: every game's words are asked about every row
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, [x.unflatten(0, (5, 6)) for x in model.heads(model.trunk(model.vectors(codes), actions, game)[0].flatten(0, 1), model.recent(model.vectors(codes)).flatten(0, 1), after.flatten(0, 1), game.repeat_interleave(6))], strict=True))
         monkeypatch.undo()
         torch.nn.init.normal_(model.heads.each[1].free[0][2].weight); other = model(codes, actions, game, after).logits[0]
@@ -392,7 +392,7 @@ def test_dreams_of_mixed_games_are_those_of_each_alone():
             assert all(torch.allclose(getattr(mine, k)[0].float(), getattr(step, k)[i].float(), atol=1e-4) for k in names)
 
 
-def test_only_the_heads_of_the_games_in_a_batch_learn():
+def test_only_the_words_of_the_games_in_a_batch_learn():
     model, codes, actions, game, after = mixed(asked=.5); model.train(); game = game.clamp(max=1)
     window = (codes, actions, torch.zeros(5, 6), torch.zeros(5, 6, dtype=torch.bool), game, after, torch.ones(5, 6, dtype=torch.bool))
     model.loss(*window)[0].backward()

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode
-from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive, drop_checkpoint, file_hash, fingerprint, fit, in_half, load_checkpoint, load_tree, monitor, progress, read_json,
+from .core import (BookError, FitConfig, Graphed, SHIPPED, Stage, cores, derive, drop_checkpoint, file_hash, fingerprint, fit, in_half, load_checkpoint, monitor, progress, read_json,
                              repo_path, require, rng_for, save_checkpoint, seed_all, set_rate, write_json, within)
 from .dream import SIDES, Contexts, DreamVectorEnv, ball_readers, losses_told, meetings, observation_size, observe, returned, told_apart, told_of
-from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, MIRROR, MIRRORED, mirrored, regenerate, store_episodes
+from .frames import Episodes, action_mask, collect_split, load_episodes, load_stored, make_env, MIRROR, MIRRORED, mirrored, packed_replay, shipped_part, store_episodes
 from .hrvq import BALL_BOX, Tokenizer, TokenizerConfig, ball_recall, start_codebooks
 from .ppo import ActorCritic, ActorCriticConfig, PPO, PPOConfig, gae, log_prob_of, realised, rollout, score_of_play, standardised
 from .world import Tokens, WorldModel, join_tokens, token_accuracy, token_batches, tokenise
@@ -26,9 +26,8 @@ from .world import Tokens, WorldModel, join_tokens, token_accuracy, token_batche
 __all__ = ['REAL', 'LOOPS', 'CONTEXT', 'NEWEST', 'Agent', 'Games', 'play', 'improve', 'GameVectorEnv', 'seen_after',
            'real_returns', 'returns_to_hold', 'real_advantages', 'LoopConfig', 'replay_frames', 'head', 'fresh_agent',
            'study', 'known_before', 'tell', 'learn', 'going_on', 'dreaming_on', 'first_play', 'Imitation', 'both_see',
-           'imitate', 'learn_from', 'with_new_eyes', 'packed_replay', 'shipped_part', 'shipped_replay', 'kept',
-           'remembered', 'given_play', 'what_was_done', 'from_given', 'random_play', 'train_agent', 'by_depth',
-           'who_returns']
+           'imitate', 'learn_from', 'with_new_eyes', 'kept', 'remembered', 'given_play', 'what_was_done', 'from_given',
+           'random_play', 'train_agent', 'by_depth', 'who_returns']
 
 # %% ../nbs/10_agent.ipynb #agent
 class Agent:
@@ -576,26 +575,6 @@ def with_new_eyes(stage, agent, replay, c, newest=80_000, epochs=8, batch=512):
     stage.save('agent-eyes', new)
     for name in ('begin-tokenizer', 'world-0', 'eyes'): drop_checkpoint(stage.checkpoint(name))
     return new
-
-# %% ../nbs/10_agent.ipynb #shipped-replay
-def packed_replay(folder, game):
-    "`(path, parts)`: the file with what the agent in `folder` learned from, and the parts of `game` in it as they were packed, one a round, oldest first."
-    path = Path(folder) / 'replay.safetensors'
-    require(path.exists(), f'{folder} holds no replay.safetensors: it was shipped without what it learned from')
-    tree = load_tree(path)
-    require(game in tree, f'the replay in {folder} does not know {game!r}: expected one of {", ".join(tree)}')
-    return path, tree[game]
-
-def shipped_part(path, game, i, part):
-    "The `Episodes` of part `i` of `game` in the file at `path`, played again from its seeds and actions."
-    e = regenerate(game, part['protocol'], part['seeds'], part['actions'], np.repeat(np.arange(len(part['steps'])), np.asarray(part['steps'])))
-    require(e.hash() == part['hash'], f'part {i} of {game} in {path}, played again, has another hash: the file was altered, or ale-py is not the version that the manifest names')
-    return e
-
-def shipped_replay(folder, game):
-    "The `Episodes` of `game` that the agent in `folder` learned from, one a round, oldest first, played again from seeds and actions."
-    path, parts = packed_replay(folder, game)
-    return [shipped_part(path, game, i, part) for i, part in enumerate(parts)]
 
 # %% ../nbs/10_agent.ipynb #remembered
 def kept(stage, name, make):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import copy, difflib, hashlib, os
 from dataclasses import dataclass, replace
+from pathlib import Path
 import ale_py, cv2
 import gymnasium as gym
 import joblib, psutil
@@ -13,14 +14,15 @@ import numpy as np
 import torch
 from ale_py import roms
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation, OrderEnforcing
-from .core import BookError, GAMES, Stage, choices, derive, progress, require, rng_for, write_atomic
+from .core import BookError, GAMES, Stage, choices, derive, load_tree, progress, require, rng_for, write_atomic
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'LEGAL', 'ACTIONS', 'CONSOLES', 'POSITIONS', 'SCREEN', 'KINDS', 'ARRAYS', 'FIRST', 'LAST', 'BRIGHTER',
            'MIRRORED', 'MIRROR', 'SPLITS', 'Protocol', 'rom_id', 'legal_actions', 'action_mask', 'LegalActions',
            'GameInfo', 'make_env', 'make_vec_env', 'state_labels', 'screen_positions', 'episode_windows', 'Episodes',
-           'join_episodes', 'RandomPolicy', 'ReadingPolicy', 'collect', 'ReplayPolicy', 'regenerate', 'left_right',
-           'upside_down', 'mirrored', 'frame_cache', 'store_episodes', 'load_stored', 'collect_split', 'load_episodes']
+           'join_episodes', 'RandomPolicy', 'ReadingPolicy', 'collect', 'ReplayPolicy', 'regenerate', 'pack_replay',
+           'packed_replay', 'shipped_part', 'shipped_replay', 'left_right', 'upside_down', 'mirrored', 'frame_cache',
+           'store_episodes', 'load_stored', 'collect_split', 'load_episodes']
 
 # %% ../nbs/01_frames.ipynb #protocol
 @dataclass(frozen=True)
@@ -342,6 +344,30 @@ def regenerate(game, protocol, seeds, actions, episode, *, workers=1, frames=Non
     shards = [(game, protocol, ReplayPolicy(actions[a:b]), None, seeds[episode[a]:episode[b - 1] + 1], starts[a:b], b - a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     out = _empty(len(actions), frames)
     return Episodes(game, protocol, seeds=_run_shards(shards, out, workers or os.cpu_count(), f'replaying {game}'), **out)
+
+# %% ../nbs/01_frames.ipynb #packed
+def pack_replay(parts):
+    "A tree to save of `{game: list of Episodes}`: seeds, actions as uint8, steps of each episode, and the hash of all of it."
+    return {g: [{'protocol': e.protocol, 'seeds': e.seeds, 'actions': e.actions.astype(np.uint8), 'steps': np.bincount(e.episode, minlength=len(e.seeds)), 'hash': e.hash()} for e in es] for g, es in parts.items()}
+
+def packed_replay(folder, game):
+    "`(path, parts)`: the file with what the agent in `folder` learned from, and the parts of `game` in it as they were packed, one a round, oldest first."
+    path = Path(folder) / 'replay.safetensors'
+    require(path.exists(), f'{folder} holds no replay.safetensors: it was shipped without what it learned from')
+    tree = load_tree(path)
+    require(game in tree, f'the replay in {folder} does not know {game!r}: expected one of {", ".join(tree)}')
+    return path, tree[game]
+
+def shipped_part(path, game, i, part):
+    "The `Episodes` of part `i` of `game` in the file at `path`, played again from its seeds and actions."
+    e = regenerate(game, part['protocol'], part['seeds'], part['actions'], np.repeat(np.arange(len(part['steps'])), np.asarray(part['steps'])))
+    require(e.hash() == part['hash'], f'part {i} of {game} in {path}, played again, has another hash: the file was altered, or ale-py is not the version that the manifest names')
+    return e
+
+def shipped_replay(folder, game):
+    "The `Episodes` of `game` that the agent in `folder` learned from, one a round, oldest first, played again from seeds and actions."
+    path, parts = packed_replay(folder, game)
+    return [shipped_part(path, game, i, part) for i, part in enumerate(parts)]
 
 # %% ../nbs/01_frames.ipynb #mirror
 FIRST, LAST, BRIGHTER = 13, 77, 29                      # the rows of Pong's field that are part wall, and how much more wall is in the first

@@ -10,21 +10,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from .agent import Agent, head, packed_replay, shipped_replay
+from .agent import Agent, head
 from .claims import ledger
 from .core import (BookError, SHIPPED, Stage, Table, bootstrap_mean, count_parameters, derive, file_hash, load_tree, one_thread, put_in_place, read_json, read_jsonl, read_metrics, repo_path, require, rng_for,
                              save_tree, seed_all, write_atomic, write_json)
 from .dream import Contexts, DreamVectorEnv, dream_gif, open_loop
 from .encoder import labels_at, state_fidelity
 from .evaluate import RandomAgent, cool, evaluate
-from .frames import load_stored
+from .frames import load_stored, pack_replay, packed_replay
 from .hrvq import Tokenizer
 from .world import WorldModel, tokenise
 
 # %% auto #0
-__all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'pack_replay', 'is_large', 'halved', 'seal', 'pack', 'compared', 'verify',
-           'score', 'film', 'film_strip', 'fidelity_of_play', 'joined', 'memory_of', 'ship_agent', 'loop_seconds',
-           'agent_card']
+__all__ = ['PARTS', 'NAMES', 'FOLLOWED', 'dream_of', 'is_large', 'halved', 'seal', 'pack', 'compared', 'verify', 'score', 'film',
+           'film_strip', 'fidelity_of_play', 'joined', 'memory_of', 'ship_agent', 'loop_seconds', 'agent_card']
 
 # %% ../nbs/14_pretrained.ipynb #dream
 @one_thread()
@@ -45,11 +44,6 @@ def dream_of(agent, codes, actions, game, steps=15, seed=0, temperature=(.5, 0.,
         env.over[:] = False                                             # a stored dream goes on behind its endings
         for k, x in (('codes', env.cache.codes.to(torch.uint8)), ('actions', action), ('reward', reward), ('proceed', ~terminated)): rows[k].append(x.cpu())
     return {k: torch.stack(v, 1).float() if k == 'reward' else torch.stack(v, 1) for k, v in rows.items()}
-
-# %% ../nbs/14_pretrained.ipynb #replay
-def pack_replay(parts):
-    "A tree to save of `{game: list of Episodes}`: seeds, actions as uint8, steps of each episode, and the hash of all of it."
-    return {g: [{'protocol': e.protocol, 'seeds': e.seeds, 'actions': e.actions.astype(np.uint8), 'steps': np.bincount(e.episode, minlength=len(e.seeds)), 'hash': e.hash()} for e in es] for g, es in parts.items()}
 
 # %% ../nbs/14_pretrained.ipynb #pack
 PARTS = ('tokenizer', 'world', 'policy')
@@ -301,5 +295,5 @@ Whole games, unclipped, up to 30 no-ops at the start, no sticky actions, actions
 {Table([{'what': k, 'value': str(v)} for k, v in told.items()])._repr_markdown_()}
 
 It has seen these games only, {made['agent steps']:,} agent steps of all together, and was not asked to play with sticky actions. `metrics.jsonl` holds every figure and curve of its training
-and evaluation; the replay it learned from{"" if whole else f", the newest {kept:,} steps a game of it,"} is seeds and actions{": `atari_hrvq.agent.shipped_replay` plays it again from `replay.safetensors`" if replay else ", whose hashes are in `manifest.json`"}.
+and evaluation; the replay it learned from{"" if whole else f", the newest {kept:,} steps a game of it,"} is seeds and actions{": `atari_hrvq.frames.shipped_replay` plays it again from `replay.safetensors`" if replay else ", whose hashes are in `manifest.json`"}.
 """

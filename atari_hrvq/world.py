@@ -13,17 +13,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import (BookError, FitConfig, GAMES, Pretrained, Stage, count_parameters, derive, fingerprint, fit, load_checkpoint, require, rng_for, reward_bins,
+from .core import (BookError, FitConfig, GAMES, Pretrained, SHIPPED, Stage, count_parameters, derive, fingerprint, fit, load_checkpoint, repo_path, require, rng_for, reward_bins,
                              save_checkpoint, symexp, symlog, two_hot, within)
-from .frames import ACTIONS, RandomPolicy, collect, episode_windows, load_episodes
+from .frames import ACTIONS, RandomPolicy, collect, episode_windows, load_episodes, packed_replay, shipped_part
 from .hrvq import Tokenizer
 from .moe import MixtureOfExperts, MoEConfig
 
 # %% auto #0
-__all__ = ['Tokens', 'evenly', 'tokenise', 'join_tokens', 'load_tokens', 'play_tokens', 'token_batches', 'rope_angles', 'rotate',
-           'rope', 'RMSNorm', 'WorldConfig', 'Block', 'Embedding', 'CellBlock', 'LevelHeads', 'GameHeads', 'choose',
-           'uniform', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step', 'level_losses', 'WorldModel',
-           'fill_rings', 'advance', 'token_accuracy', 'f1']
+__all__ = ['Tokens', 'evenly', 'tokenise', 'join_tokens', 'load_tokens', 'play_tokens', 'shipped_tokens', 'token_batches',
+           'rope_angles', 'rotate', 'rope', 'RMSNorm', 'WorldConfig', 'Block', 'Embedding', 'CellBlock', 'LevelHeads',
+           'GameHeads', 'choose', 'uniform', 'RewardHead', 'Contrast', 'WorldOutput', 'Cache', 'Step', 'level_losses',
+           'WorldModel', 'fill_rings', 'advance', 'token_accuracy', 'f1']
 
 # %% ../nbs/07_world.ipynb #data
 @dataclass
@@ -99,6 +99,11 @@ def play_tokens(stage, tokenizer, game, steps, part=50_000):
     parts = [min(part, steps - a) for a in range(0, steps, part)]
     make = lambda i, n: tokenise(tokenizer, collect(game, RandomPolicy(game), n, derive(stage.seed, 'more', i), workers=0, desc=f'{game}, more play {i + 1} of {len(parts)}'))
     return join_tokens([_kept(stage, f'{game}-more-{i}-{n}', tokenizer, stage.seed, partial(make, i, n)) for i, n in enumerate(parts)])
+
+def shipped_tokens(stage, tokenizer, game, folder=None):
+    "`Tokens` of what the agent in `folder` (default: the shipped one) learned from, played again from seeds and actions; its parts are kept in the run's cache, each by itself."
+    path, parts = packed_replay(folder or repo_path('pretrained') / SHIPPED['agent'], game)
+    return join_tokens([_kept(stage, f'{game}-shipped-{i}', tokenizer, part['hash'], partial(lambda i, part: tokenise(tokenizer, shipped_part(path, game, i, part)), i, part)) for i, part in enumerate(parts)])
 
 def token_batches(data, size, length, recent=None, by_age=0.):
     """A function of `rng` that draws windows, equal numbers of each game: `(codes, actions, rewards, done, game, following, known)`.

@@ -13,10 +13,9 @@ from atari_hrvq.agent import CONTEXT, LOOPS, NEWEST, Agent, Games, GameVectorEnv
 from atari_hrvq.dream import Contexts, observation_size
 from atari_hrvq.core import PROFILES, BookError, Stage, derive, load_checkpoint, save_tree
 from atari_hrvq.evaluate import what_if
-from atari_hrvq.frames import LEGAL, make_env, MIRROR, MIRRORED, RandomPolicy, action_mask, collect, load_stored, mirrored, store_episodes
+from atari_hrvq.frames import LEGAL, make_env, MIRROR, MIRRORED, RandomPolicy, action_mask, collect, load_stored, mirrored, pack_replay, store_episodes
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
 from atari_hrvq.ppo import PPO, PPOConfig, rollout, train_ppo
-from atari_hrvq.pretrained import pack_replay
 from atari_hrvq.world import Tokens, WorldModel, load_tokens, tokenise
 
 GAMES = ('pong', 'breakout')

@@ -10,8 +10,8 @@ from atari_hrvq import pretrained
 from atari_hrvq.agent import Agent
 from atari_hrvq.core import BookError, Stage, load_tree, repo_path, save_tree
 from atari_hrvq.hrvq import Tokenizer, TokenizerConfig
-from atari_hrvq.frames import RandomPolicy, ReadingPolicy, collect, store_episodes
-from atari_hrvq.pretrained import compared, dream_of, fidelity_of_play, film, film_strip, memory_of, pack, pack_replay, score, shipped_replay, verify
+from atari_hrvq.frames import RandomPolicy, ReadingPolicy, collect, pack_replay, shipped_replay, store_episodes
+from atari_hrvq.pretrained import compared, dream_of, fidelity_of_play, film, film_strip, memory_of, pack, score, verify
 from atari_hrvq.world import WorldModel
 
 SMALL = dict(dim=32, heads=2, experts=(1, 2), windows=(4, 8), hidden=32, shared_hidden=8, cell_hidden=16)

@@ -103,7 +103,7 @@ def play_tokens(stage, tokenizer, game, steps, part=50_000):
 def shipped_tokens(stage, tokenizer, game, folder=None):
     "`Tokens` of what the agent in `folder` (default: the shipped one) learned from, played again from seeds and actions; its parts are kept in the run's cache, each by itself."
     path, parts = packed_replay(folder or repo_path('pretrained') / SHIPPED['agent'], game)
-    return join_tokens([_kept(stage, f'{game}-shipped-{i}', tokenizer, part['hash'], partial(lambda i, part: tokenise(tokenizer, shipped_part(path, game, i, part)), i, part)) for i, part in enumerate(parts)])
+    return join_tokens([_kept(stage, f'{game}-shipped-{i}', tokenizer, part['hash'], lambda: tokenise(tokenizer, shipped_part(path, game, i, part))) for i, part in enumerate(parts)])
 
 def token_batches(data, size, length, recent=None, by_age=0.):
     """A function of `rng` that draws windows, equal numbers of each game: `(codes, actions, rewards, done, game, following, known)`.
